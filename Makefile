@@ -1,0 +1,68 @@
+# Aliases only: what a command does stands in the package, in pyproject.toml and in tests/.
+#
+#   make demo                      name the speaker in 370 recordings through compiled layers
+#   make test                      the tests; test-all adds the full tables
+#   make check                     lint, format and types
+#   make tune TARGET=x86           tune; also TRIALS=8 MINUTES=10 WORKLOADS=QN-B1,QN-C1
+#   make build TARGET=x86          build
+#   make wheel                     dist/*.whl
+#   make setup                     everything the above need, into .venv (each of them does its own part by itself)
+#   make clean                     remove what the above made
+
+PYTHON ?= python3
+VENV ?= .venv
+TARGET ?= x86
+
+# What each set of commands needs. A machine without a C compiler gets ziglang to link with; `dev` has it
+# anyway, since the tests link with both.
+EXTRAS-demo = compiler,h5
+EXTRAS-tune = compiler,h5,tune
+EXTRAS-dev = compiler,cross,dev,h5,test,tune
+COVERS-demo = demo
+COVERS-tune = demo tune
+COVERS-dev = demo tune dev
+ZIG = $(if $(shell command -v cc 2>/dev/null),,$(comma)cross)
+comma := ,
+
+CLI = $(VENV)/bin/tvm-sepconv
+SCOPE = --target $(TARGET) $(if $(WORKLOADS),--workloads $(WORKLOADS))
+
+.PHONY: setup demo test test-all check tune build wheel clean
+setup: $(VENV)/.has-dev
+
+demo: $(VENV)/.has-demo
+	$(VENV)/bin/python -m tvm_sepconv.demo
+
+test: $(VENV)/.has-dev
+	$(VENV)/bin/python -m pytest -m "not full"
+
+test-all: $(VENV)/.has-dev
+	$(VENV)/bin/python -m pytest
+
+check: $(VENV)/.has-dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+tune: $(VENV)/.has-tune
+	$(CLI) tune $(SCOPE) $(if $(TRIALS),--trials $(TRIALS)) $(if $(MINUTES),--minutes $(MINUTES))
+
+build: $(VENV)/.has-demo
+	$(CLI) build $(SCOPE)
+
+# setuptools packs whatever an earlier build left in build/lib, deleted modules included.
+wheel: $(VENV)/bin/pip
+	rm -rf build/lib
+	$(VENV)/bin/pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+
+$(VENV)/.has-demo $(VENV)/.has-tune $(VENV)/.has-dev: $(VENV)/.has-%: pyproject.toml | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --disable-pip-version-check --editable '.[$(EXTRAS-$*)$(ZIG)]'
+	touch $(addprefix $(VENV)/.has-,$(COVERS-$*))
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "error: Python 3.10 or newer is needed, got '$(PYTHON)': name another with PYTHON=python3.x" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: this Python cannot make virtual environments: sudo apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,29 @@
+"""x86: instruction sets and default tilings, argued from registers and caches.
+
+Accumulators of the pointwise stage live in registers: rows x vectors of them, beside one vector of
+weights per column and the broadcast of one element per row, which AVX-512 folds into the multiply-add.
+
+======== ========= ===== ===========================================================
+ISA      registers lanes register tile (rows x vectors)
+======== ========= ===== ===========================================================
+SSE4.2   16        4     6 x 2: 12 accumulators, 2 weights, 2 for multiply, then add
+AVX2     16        8     6 x 2: 12 accumulators, 2 weights, 1 broadcast
+AVX-512  32        16    8 x 2, 8 x 3 or 16 x 1: the vectors must divide the filters
+======== ========= ===== ===========================================================
+"""
+
+from __future__ import annotations
+
+from tvm_sepconv.compiler.schedules.cpu import Tiling, VectorUnit, tilings
+from tvm_sepconv.config import KernelConfig
+
+UNITS = {
+    "x86_64-sse42": VectorUnit(bytes=16, registers=16),
+    "x86_64-avx2": VectorUnit(bytes=32, registers=16),
+    "x86_64-avx512": VectorUnit(bytes=64, registers=32),
+}
+
+
+def default_tilings(config: KernelConfig, isa: str) -> tuple[Tiling, ...]:
+    """Return the variants of a library, longest tile first."""
+    return tilings(config, UNITS[isa])

@@ -1,0 +1,203 @@
+"""The on-disk format of compiled layers: a folder of manifest, weights, self-test and libraries.
+
+::
+
+    manifest.json            layers, libraries, hashes; format 1
+    weights.safetensors      <layer>/depthwise_kernel … in Keras's layouts
+    selftest.safetensors     <layer>/input and <layer>/output, small, from the float64 reference
+    lib/<arch>/libtvm_sepconv_runtime.so
+    lib/<target>/<key>.so    one library serves every layer of equal kernel config
+
+Everything is verified before anything is opened. The hashes detect damage, not malice: a bundle is
+native code, so load only what you would run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_sepconv import runtime, targets
+from tvm_sepconv.config import SepConvConfig
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+SELFTEST = "selftest.safetensors"
+RUNTIME = "libtvm_sepconv_runtime.so"
+
+Array = npt.NDArray[Any]
+
+
+class BundleError(RuntimeError):
+    """A bundle that cannot be loaded here; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle on disk."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def layers(self) -> dict[str, SepConvConfig]:
+        """The layers by name."""
+        entries = self.manifest["layers"].items()
+        return {name: SepConvConfig.from_dict(entry["config"]) for name, entry in entries}
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """Every target the bundle has libraries for."""
+        return tuple(sorted(self.manifest["libraries"]))
+
+    def weights(self) -> dict[str, dict[str, Array]]:
+        """Weights by layer and Keras name."""
+        return self._tensors(WEIGHTS)
+
+    def selftest(self) -> dict[str, dict[str, Array]]:
+        """``input`` and expected ``output`` by layer."""
+        return self._tensors(SELFTEST)
+
+    def libraries(self, target: str) -> tuple[Path, dict[str, Path]]:
+        """Return the runtime library for `target` and each layer's library."""
+        chosen = self.manifest["libraries"][target]
+        arch = self.manifest["runtimes"][target.split("-")[0]]
+        keys = {name: entry["library"] for name, entry in self.manifest["layers"].items()}
+        return self.path / arch["path"], {
+            name: self.path / chosen[key]["path"] for name, key in keys.items()
+        }
+
+    def _tensors(self, name: str) -> dict[str, dict[str, Array]]:
+        from safetensors.numpy import load_file
+
+        result: dict[str, dict[str, Array]] = {layer: {} for layer in self.manifest["layers"]}
+        for key, value in load_file(self.path / name).items():
+            layer, _, tensor = key.rpartition("/")
+            result[layer][tensor] = value
+        return result
+
+
+def open_bundle(path: str | Path, target: str | None = None) -> tuple[Bundle, str]:
+    """Verify the bundle at `path` and choose its best target for this machine.
+
+    Parameters
+    ----------
+    target
+        Use this one instead, if the machine can run it.
+
+    Raises
+    ------
+    BundleError
+        For a folder that is no bundle, a missing, truncated or altered file, a newer format, a
+        runtime of another ABI, and for libraries this machine cannot run.
+    """
+    path = Path(path)
+    manifest = _read_manifest(path)
+    bundle = Bundle(path, manifest)
+    chosen = _choose(bundle, target)
+    arch = manifest["runtimes"][chosen.split("-")[0]]
+    if arch["abi"] != runtime.ABI:
+        raise BundleError(
+            f"{path} was built for runtime ABI {arch['abi']}; this tvm_sepconv has ABI "
+            f"{runtime.ABI}. Save the layers again with this version, or install the matching one."
+        )
+    for entry in (arch, *manifest["libraries"][chosen].values(), *manifest["files"].values()):
+        _verify(path, entry["path"], entry["sha256"])
+    return bundle, chosen
+
+
+def sha256(path: Path) -> str:
+    """Hash a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tensor_bytes(tensors: dict[str, Array]) -> bytes:
+    """Serialise tensors named ``<layer>/<tensor>`` as safetensors."""
+    from safetensors.numpy import save
+
+    return save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"{path} is not a bundle: it has no {MANIFEST}. Expected a folder that "
+            "`layer.save(path)` wrote"
+        ) from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(
+            f"{path / MANIFEST} is damaged ({error}). Copy the bundle again or save it anew"
+        ) from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if not isinstance(version, int):
+        raise BundleError(f"{path / MANIFEST} is no bundle's manifest: it has no `format_version`")
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"{path} has format version {version}; this tvm_sepconv reads up to "
+            f"{FORMAT_VERSION}. Install a newer tvm_sepconv, or save the layers with this one."
+        )
+    expected = _digest(manifest)
+    if manifest.get("digest") != expected:
+        raise BundleError(
+            f"{path / MANIFEST} was altered: its digest is {manifest.get('digest')}, its content "
+            f"has {expected}. Copy the bundle again or save it anew"
+        )
+    return dict(manifest)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The manifest as it is written, with a digest of itself."""
+    complete = {**manifest, "format_version": FORMAT_VERSION}
+    return json.dumps({**complete, "digest": _digest(complete)}, indent=1) + "\n"
+
+
+def _choose(bundle: Bundle, target: str | None) -> str:
+    usable = [  # best first; a core tunes only, so any core of an instruction set runs
+        name
+        for isa in targets.runnable()
+        for name in bundle.targets
+        if name.partition("@")[0] == isa
+    ]
+    if target is None and usable:
+        return usable[0]
+    if target is not None:
+        target = targets.resolve(target)
+        if target not in bundle.targets:
+            raise BundleError(f"{bundle.path} has no library for {target}; it has {bundle.targets}")
+        if target in usable:
+            return target
+    wanted = (target,) if target else bundle.targets
+    lacking = "; ".join(
+        f"{name} needs {', '.join(targets.missing_features(name.partition('@')[0]))}"
+        for name in wanted
+    )
+    raise BundleError(
+        f"This machine cannot run the libraries in {bundle.path}: {lacking}. Save the layers with "
+        f"`targets={list(targets.host_family()) or [targets.machine()]}` for this machine."
+    )
+
+
+def _verify(root: Path, name: str, expected: str) -> None:
+    try:
+        found = sha256(root / name)
+    except OSError as error:
+        raise BundleError(f"{root} is incomplete: {name} cannot be read ({error})") from error
+    if found != expected:
+        raise BundleError(
+            f"{root / name} is truncated or altered: its sha256 is {found[:16]}…, the manifest says "
+            f"{expected[:16]}…. Copy the bundle again or save it anew"
+        )

@@ -1,0 +1,1 @@
+"""The parts that need TVM: compute, schedules, tuning, building and linking."""

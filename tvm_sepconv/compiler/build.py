@@ -1,0 +1,151 @@
+"""Compile a layer's kernels and link them into one shared library for one CPU target."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import tvm
+import tvm_ffi.libinfo
+from tvm.s_tir import Schedule
+
+from tvm_sepconv.compiler import compute
+from tvm_sepconv.compiler.link import toolchain
+from tvm_sepconv.compiler.schedules.cpu import Tiling, fuse
+from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.config import KernelConfig
+
+ABI = 1  # TVM_SEPCONV_ABI of native/tvm_sepconv.h; a test compares them
+RUNTIME_SOURCES = ("runtime.c", "pool.c", "ffi.c")
+_FORMATS = {"float16": (16, 0), "bfloat16": (16, 1), "float32": (32, 0), "float64": (64, 0)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel of a library, and where its tiling is from.
+
+    ``origin`` is "default", "tuned", or "transferred" from the record of another shape, whose
+    median seconds are ``record_secs``.
+    """
+
+    tiling: Tiling
+    origin: str = "default"
+    record_secs: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for the manifest."""
+        decisions = self.tiling.to_dict()
+        return {"decisions": decisions, "origin": self.origin, "record_secs": self.record_secs}
+
+
+def scheduled(config: KernelConfig, target: CpuTarget, tiling: Tiling) -> tvm.tirx.PrimFunc:
+    """The layer's compute under the target's schedule with the decisions of `tiling`."""
+    lanes = target.lanes(config.accumulation_dtype)
+    sch = Schedule(compute.sepconv1d(config, lanes))
+    return fuse(sch, config, lanes, tiling).mod["main"]
+
+
+def compile_kernels(functions: dict[str, tvm.tirx.PrimFunc], target: CpuTarget) -> tvm.runtime.Module:
+    """Compile scheduled functions under their names.
+
+    Argument checks are the runtime's, with messages of ours, so TVM's assertions are left out; with
+    them goes the only symbol that a kernel would need from a library of TVM's.
+    """
+    module = tvm.IRModule(
+        {name: func.with_attr("global_symbol", name) for name, func in functions.items()}
+    )
+    with tvm.transform.PassContext(opt_level=3, config={"tirx.disable_assert": True}):
+        return tvm.compile(module, target=target.tvm()).mod
+
+
+def variants(config: KernelConfig, target: CpuTarget) -> tuple[Variant, ...]:
+    """Choose a library's kernels: the target's default tilings."""
+    return tuple(Variant(t) for t in target.family.default_tilings(config, target.isa))
+
+
+def build_library(
+    config: KernelConfig, target: CpuTarget, output: Path, variants: tuple[Variant, ...]
+) -> None:
+    """Write the shared library of a layer.
+
+    Parameters
+    ----------
+    output
+        The `.so` to write.
+    variants
+        Its kernels, longest tile first.
+
+    Raises
+    ------
+    RuntimeError
+        If no linker is there, or a command fails.
+    """
+    names = [f"steps{v.tiling.step_tile}" for v in variants]
+    kernels = compile_kernels(
+        {n: scheduled(config, target, v.tiling) for n, v in zip(names, variants, strict=True)}, target
+    )
+    tools = toolchain(target.triple)
+    with tempfile.TemporaryDirectory() as folder, as_file(_native()) as native:
+        work = Path(folder)
+        kernels.write_to_file(str(work / "kernels.o"))
+        (work / "library.c").write_text(_description(config, target, names, variants))
+        tools.object_file(work / "library.c", work / "library.o", (native, _ffi_include()))
+        tools.shared_library([work / "kernels.o", work / "library.o"], output)
+
+
+def build_runtime(target: CpuTarget, output: Path) -> None:
+    """Write the runtime library that serves every library of the target's architecture."""
+    tools = toolchain(target.triple)
+    with tempfile.TemporaryDirectory() as folder, as_file(_native()) as native:
+        objects = [Path(folder, source).with_suffix(".o") for source in RUNTIME_SOURCES]
+        for source, result in zip(RUNTIME_SOURCES, objects, strict=True):
+            tools.object_file(native / source, result, (_ffi_include(),))
+        tools.shared_library(objects, output)
+
+
+def _native() -> Any:
+    return files("tvm_sepconv") / "native"
+
+
+def _ffi_include() -> Path:
+    return Path(tvm_ffi.libinfo.find_include_path())
+
+
+def _description(
+    config: KernelConfig, target: CpuTarget, names: list[str], variants: tuple[Variant, ...]
+) -> str:
+    """The C file that makes a library describe itself to the runtime."""
+    bits, bfloat = _FORMATS[config.dtype]
+    fields = {
+        "abi": ABI,
+        "channels": config.channels,
+        "filters": config.filters,
+        "kernel_size": config.kernel_size,
+        "strides": config.strides,
+        "dilation_rate": config.dilation_rate,
+        "depth_multiplier": config.depth_multiplier,
+        "channels_first": int(config.data_format == "channels_first"),
+        "use_bias": int(config.use_bias),
+        "float_bits": bits,
+        "bfloat": bfloat,
+        "accumulator_bits": _FORMATS[config.accumulation_dtype][0],
+        "lanes": target.lanes(config.accumulation_dtype),
+        "variant_count": len(names),
+        "variants": "variants",
+    }
+    kernels = "".join(
+        f"int __tvm_ffi_{n}(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);\n" for n in names
+    )
+    table = ", ".join(
+        f"{{{v.tiling.step_tile}, __tvm_ffi_{n}}}" for n, v in zip(names, variants, strict=True)
+    )
+    values = ", ".join(f".{name} = {value}" for name, value in fields.items())
+    return (
+        f'#include "library.h"\n{kernels}'
+        f"static const tvm_sepconv_variant variants[] = {{{table}}};\n"
+        f"extern const tvm_sepconv_library tvm_sepconv_description;\n"
+        f"const tvm_sepconv_library tvm_sepconv_description = {{{values}}};\n"
+    )

@@ -1,0 +1,208 @@
+"""The layer as one TVM tensor expression; no target and no schedule in here.
+
+A kernel serves every batch and every number of steps: both are symbolic, and the left padding is
+a run-time integer, so "valid", "same", causal and explicit padding are one kernel. The stages
+carry the names that schedules look for: ``pad depthwise pointwise activation output``.
+"""
+
+from __future__ import annotations
+
+import re
+
+import tvm
+from tvm import te, tirx
+from tvm.ir import Expr as PrimExpr  # its name since TVM 0.27
+from tvm.tirx import PrimFunc
+
+from tvm_sepconv.compiler import epilogue
+from tvm_sepconv.config import KernelConfig
+
+# No schedule may tile the steps coarser than this: the stages before `output` are declared that
+# much longer than it, which is how TVM proves, without a predicate in the hot loops, that a
+# ragged last tile stays inside them. Scratch is cut down to one tile when it is lowered.
+MAX_STEP_TILE = 1024
+
+
+def padded(extent: int, lanes: int) -> int:
+    """`extent` rounded up to whole vectors of `lanes` elements."""
+    return -(-extent // lanes) * lanes
+
+
+def packed_shapes(config: KernelConfig, lanes: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the packed weights a kernel takes, for vectors of `lanes` elements.
+
+    ``depthwise (kernel, m, channels')``, ``pointwise (filters'/lanes, m*channels, lanes)`` and
+    ``bias (filters',)``; primes are rounded up to whole vectors and filled with zeros (channels
+    only where the channels are the vector axis). The multiplier is the slower axis of the
+    intermediate, so the depthwise stage never has to broadcast or gather a channel.
+    """
+    channels = config.channels
+    lined = padded(channels, lanes) if config.data_format == "channels_last" else channels
+    panels = padded(config.filters, lanes) // lanes
+    multiplier = config.depth_multiplier
+    return {
+        "depthwise": (config.kernel_size, multiplier, lined),
+        "pointwise": (panels, multiplier * channels, lanes),
+        "bias": (panels * lanes,),
+    }
+
+
+def sepconv1d(config: KernelConfig, lanes: int) -> PrimFunc:
+    """SeparableConv1D as a schedulable function of NumPy-like buffers.
+
+    Arguments, in order: ``x (batch, steps, channels)`` or ``(batch, channels, steps)``, the packed
+    weights of `packed_shapes`, ``left`` (int32, zeros before the first step; negative skips steps)
+    and ``output`` in the layout of ``x``, whose extent along time says how many steps to compute.
+    ``x`` and ``output`` may have any stride along batch and rows and need the alignment of one
+    element only; the packed weights are 64-byte aligned.
+    """
+    first = config.data_format == "channels_first"
+    build = _channels_first if first else _channels_last
+    return _relax_arguments(te.create_prim_func(build(config, lanes)), config.dtype)
+
+
+class _Arguments:
+    """Placeholders and sizes that both data formats share."""
+
+    def __init__(self, config: KernelConfig, lanes: int) -> None:
+        self.batch, self.steps, self.out_steps, self.left = (
+            te.var(name, "int32") for name in ("batch", "steps", "out_steps", "left")
+        )
+        shapes = packed_shapes(config, lanes)
+        acc = config.accumulation_dtype
+        self.depthwise = te.placeholder(shapes["depthwise"], acc, name="depthwise_kernel")
+        self.pointwise = te.placeholder(shapes["pointwise"], acc, name="pointwise_kernel")
+        self.bias = te.placeholder(shapes["bias"], acc, name="bias") if config.use_bias else None
+        self.long_steps = self.out_steps + MAX_STEP_TILE
+        self.halo = (config.kernel_size - 1) * config.dilation_rate
+        self.zero = te.const(0, acc)
+        self.taps = te.reduce_axis((0, config.kernel_size), "tap")
+        self.multiplier = te.reduce_axis((0, config.depth_multiplier), "multiplier")
+        self.channels = te.reduce_axis((0, config.channels), "channel")
+
+    def inside(self, row: PrimExpr) -> PrimExpr:
+        """Whether row `row` of the padded input lies in the input."""
+        return te.all(row >= self.left, row < self.left + self.steps)
+
+    def finish(self, config: KernelConfig, value: PrimExpr, filter_: PrimExpr) -> PrimExpr:
+        """Bias and activation of one output element, in the accumulation dtype."""
+        if self.bias is not None:
+            value = value + self.bias[filter_]
+        return epilogue.apply(config.activation, value)
+
+    def list(self, x: te.Tensor, output: te.Tensor) -> list[te.Tensor | tirx.Var]:
+        """The function's arguments in order."""
+        bias = [] if self.bias is None else [self.bias]
+        return [x, self.depthwise, self.pointwise, *bias, self.left, output]
+
+
+def _channels_last(config: KernelConfig, lanes: int) -> list[te.Tensor | tirx.Var]:
+    a = _Arguments(config, lanes)
+    acc, m, c = config.accumulation_dtype, config.depth_multiplier, config.channels
+    stride, dilation = config.strides, config.dilation_rate
+    panels, _, _ = a.pointwise.shape
+    lined = a.depthwise.shape[2]
+    x = te.placeholder((a.batch, a.steps, c), config.dtype, name="x")
+    pad = te.compute(
+        (a.batch, a.long_steps * stride + a.halo + MAX_STEP_TILE * stride, lined),
+        lambda n, r, ch: te.if_then_else(
+            te.all(a.inside(r), ch < c), x[n, r - a.left, ch].astype(acc), a.zero
+        ),
+        name="pad",
+    )
+    depthwise = te.compute(
+        (a.batch, a.long_steps, m, lined),
+        lambda n, t, j, ch: te.sum(
+            pad[n, t * stride + a.taps * dilation, ch] * a.depthwise[a.taps, j, ch], axis=a.taps
+        ),
+        name="depthwise",
+    )
+    pointwise = te.compute(
+        (a.batch, a.long_steps, panels, lanes),
+        lambda n, t, fo, fi: te.sum(
+            depthwise[n, t, a.multiplier, a.channels]
+            * a.pointwise[fo, a.multiplier * c + a.channels, fi],
+            axis=[a.multiplier, a.channels],
+        ),
+        name="pointwise",
+    )
+    activation = te.compute(
+        (a.batch, a.long_steps, panels, lanes),
+        lambda n, t, fo, fi: a.finish(config, pointwise[n, t, fo, fi], fo * lanes + fi),
+        name="activation",
+    )
+    output = te.compute(
+        (a.batch, a.out_steps, config.filters),
+        lambda n, t, f: activation[n, t, f // lanes, f % lanes].astype(config.dtype),
+        name="output",
+    )
+    return a.list(x, output)
+
+
+def _channels_first(config: KernelConfig, lanes: int) -> list[te.Tensor | tirx.Var]:
+    # The vector axis is time here. The padded input is split by phase of the stride, so that the
+    # taps of neighbouring outputs are neighbours in memory whatever the stride is.
+    a = _Arguments(config, lanes)
+    acc, m, c = config.accumulation_dtype, config.depth_multiplier, config.channels
+    stride, dilation = config.strides, config.dilation_rate
+    panels, _, _ = a.pointwise.shape
+    x = te.placeholder((a.batch, c, a.steps), config.dtype, name="x")
+    pad = te.compute(
+        (a.batch, c, stride, a.long_steps + a.halo // stride + MAX_STEP_TILE),
+        lambda n, ch, phase, r: te.if_then_else(
+            a.inside(r * stride + phase), x[n, ch, r * stride + phase - a.left].astype(acc), a.zero
+        ),
+        name="pad",
+    )
+    depthwise = te.compute(
+        (a.batch, m, c, a.long_steps),
+        lambda n, j, ch, t: te.sum(
+            pad[n, ch, a.taps * dilation % stride, t + a.taps * dilation // stride]
+            * a.depthwise[a.taps, j, ch],
+            axis=a.taps,
+        ),
+        name="depthwise",
+    )
+    pointwise = te.compute(
+        (a.batch, panels, lanes, a.long_steps),
+        lambda n, fo, fi, t: te.sum(
+            depthwise[n, a.multiplier, a.channels, t]
+            * a.pointwise[fo, a.multiplier * c + a.channels, fi],
+            axis=[a.multiplier, a.channels],
+        ),
+        name="pointwise",
+    )
+    activation = te.compute(
+        (a.batch, panels, lanes, a.long_steps),
+        lambda n, fo, fi, t: a.finish(config, pointwise[n, fo, fi, t], fo * lanes + fi),
+        name="activation",
+    )
+    output = te.compute(
+        (a.batch, config.filters, a.out_steps),
+        lambda n, f, t: activation[n, f // lanes, f % lanes, t].astype(config.dtype),
+        name="output",
+    )
+    return a.list(x, output)
+
+
+def _relax_arguments(func: PrimFunc, dtype: str) -> PrimFunc:
+    """Give `x` and `output` free batch and row strides and one element's alignment.
+
+    `create_prim_func` always declares compact buffers aligned to 64 bytes, and the code then uses
+    aligned vector moves: an ordinary array would crash the process. `specialize` refuses to change
+    that, so the signature is rewritten in TVM's own script and parsed again.
+    """
+    bits = int(re.sub(r"\D", "", dtype))
+    script = func.script()
+    for name, prefix in (("x", "x"), ("output", "y")):
+        old = re.search(rf'\b{name}: T\.Buffer\((\(.*?\))(, "\w+")?\)', script)
+        assert old is not None, script  # TVM prints every argument so
+        new = (
+            f'{name}: T.Buffer({old[1]}{old[2] or ""}, strides=("{prefix}_batch", "{prefix}_row", 1), '
+            f"align={bits // 8})"
+        )
+        script = script.replace(old[0], new, 1)
+    names = "x_batch, x_row, y_batch, y_row"
+    declared = ", ".join(["T.int32()"] * 4)
+    script = script.replace("    T.func_attr", f"    {names} = {declared}\n    T.func_attr", 1)
+    return tvm.script.from_source(script)

@@ -1,0 +1,153 @@
+"""Write a bundle: compile every layer for every target, gather weights and a self-test."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tvm_sepconv import bundle, reference, targets
+from tvm_sepconv.compiler import build
+from tvm_sepconv.compiler.targets import CpuTarget, cpu
+from tvm_sepconv.config import KernelConfig, SepConvConfig
+
+Weights = Mapping[str, Any]
+Progress = Callable[[str, int, int], None]
+
+
+def write_bundle(
+    layers: Mapping[str, tuple[SepConvConfig, Weights]],
+    path: str | Path,
+    target_names: Sequence[str] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write the bundle of `layers` to the folder `path`, all of it or nothing.
+
+    Parameters
+    ----------
+    layers
+        Configuration and weights (``depthwise_kernel``, ``pointwise_kernel``, ``bias``) by name.
+    target_names
+        None for every level of this host's family.
+    progress
+        Called as ``progress(what, done, total)`` before each library.
+
+    Raises
+    ------
+    ValueError
+        For an unknown target, or none.
+    FileExistsError
+        If `path` exists and is not a bundle.
+    """
+    path = Path(path)
+    if path.exists() and not (path / bundle.MANIFEST).is_file():
+        raise FileExistsError(
+            f"The `path` argument must name a new folder or a bundle to replace. Received: {path}"
+        )
+    names = list(target_names) if target_names is not None else list(targets.host_family())
+    chosen = [cpu(name) for name in names]
+    if not chosen:
+        raise ValueError(f"Expected at least one target in `targets`. Received: {target_names}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
+        work = Path(folder, "bundle")
+        work.mkdir()
+        _fill(work, layers, chosen, progress or (lambda what, done, total: None))
+        if path.exists():
+            path.rename(Path(folder, "replaced"))
+        work.rename(path)
+
+
+def _fill(
+    work: Path,
+    layers: Mapping[str, tuple[SepConvConfig, Weights]],
+    chosen: Sequence[CpuTarget],
+    progress: Progress,
+) -> None:
+    kernels = {
+        name: config.kernel_config(weights["depthwise_kernel"].shape[1])
+        for name, (config, weights) in layers.items()
+    }
+    manifest = {
+        "producer": {
+            "tvm_sepconv": importlib.metadata.version("tvm-sepconv"),
+            "tvm": importlib.metadata.version("apache-tvm"),
+        },
+        "layers": {
+            name: {"config": config.to_dict(), "library": kernels[name].key}
+            for name, (config, _) in layers.items()
+        },
+        "libraries": _libraries(work, dict.fromkeys(kernels.values()), chosen, progress),
+        "runtimes": _runtimes(work, chosen),
+        "files": _tensors(work, layers),
+    }
+    (work / bundle.MANIFEST).write_text(bundle.manifest_text(manifest))
+
+
+def _libraries(
+    work: Path, kernels: Mapping[KernelConfig, None], chosen: Sequence[CpuTarget], progress: Progress
+) -> dict[str, dict[str, Any]]:
+    jobs = [(target, config) for target in chosen for config in kernels]
+    result: dict[str, dict[str, Any]] = {target.name: {} for target in chosen}
+    for done, (target, config) in enumerate(jobs):
+        progress(f"{config.key} for {target.name}", done, len(jobs))
+        name = f"lib/{target.name}/{config.key}.so"
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        variants = build.variants(config, target)
+        build.build_library(config, target, work / name, variants)
+        result[target.name][config.key] = {
+            "path": name,
+            "sha256": bundle.sha256(work / name),
+            "kernel": config.to_dict(),
+            "cpu_features": list(targets.FEATURES[target.isa]),
+            "packing": {"lanes": target.lanes(config.accumulation_dtype)},
+            "intermediate_dtype": config.accumulation_dtype,
+            "variants": [variant.to_dict() for variant in variants],
+        }
+    return result
+
+
+def _runtimes(work: Path, chosen: Sequence[CpuTarget]) -> dict[str, dict[str, Any]]:
+    result = {}
+    for target in {t.arch: t for t in chosen}.values():
+        name = f"lib/{target.arch}/{bundle.RUNTIME}"
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        build.build_runtime(target, work / name)
+        result[target.arch] = {"path": name, "sha256": bundle.sha256(work / name), "abi": build.ABI}
+    return result
+
+
+def _tensors(
+    work: Path, layers: Mapping[str, tuple[SepConvConfig, Weights]]
+) -> dict[str, dict[str, str]]:
+    weights = {
+        f"{name}/{key}": np.asarray(value)
+        for name, (_, tensors) in layers.items()
+        for key, value in tensors.items()
+    }
+    tests = {}
+    for name, (config, tensors) in layers.items():
+        tests[f"{name}/input"], tests[f"{name}/output"] = _example(config, tensors)
+    result = {}
+    for file, content in ((bundle.WEIGHTS, weights), (bundle.SELFTEST, tests)):
+        (work / file).write_bytes(bundle.tensor_bytes(content))
+        os.chmod(work / file, 0o644)
+        result[file] = {"path": file, "sha256": bundle.sha256(work / file)}
+    return result
+
+
+def _example(config: SepConvConfig, weights: Weights) -> tuple[Any, Any]:
+    """A small input (two samples, a ragged number of steps) and what the reference makes of it."""
+    channels = weights["depthwise_kernel"].shape[1]
+    steps = config.effective_kernel + 4 * config.strides + 1
+    shape = (2, steps, channels) if config.channel_axis == -1 else (2, channels, steps)
+    x = np.random.default_rng(0).standard_normal(shape).astype(config.compute_dtype)
+    y = reference.separable_conv1d(
+        x, weights["depthwise_kernel"], weights["pointwise_kernel"], weights.get("bias"), config
+    )
+    return x, y.astype(config.compute_dtype)

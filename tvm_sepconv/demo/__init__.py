@@ -1,0 +1,1 @@
+"""A trained network that names the speaker of short recordings, run through compiled layers."""

@@ -1,0 +1,1 @@
+"""Readers of other frameworks' models, each imported only when asked for."""

@@ -1,0 +1,177 @@
+"""Libraries compiled on first use, kept in a cache; a cached one is found without the compiler.
+
+The cache is ``$TVM_SEPCONV_CACHE``, else ``$XDG_CACHE_HOME/tvm_sepconv`` or
+``~/.cache/tvm_sepconv``. An entry is keyed by everything its code depends on, written under
+another name and renamed when it is complete, so that concurrent processes never see half of one.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+
+from tvm_sepconv import bundle, targets
+from tvm_sepconv.config import KernelConfig
+
+LIBRARY = "layer.so"
+HASHES = "sha256.json"
+log = logging.getLogger("tvm_sepconv")
+
+
+def library(config: KernelConfig, target: str | None = None) -> tuple[Path, Path]:
+    """Return the layer's library and the runtime library for this machine, compiling them if needed.
+
+    Parameters
+    ----------
+    target
+        A target this machine runs; None for its best.
+
+    Raises
+    ------
+    RuntimeError
+        If nothing is cached and the compiler is not installed, or no linker is found.
+    ValueError
+        If `target` is unknown or cannot run here.
+    """
+    name = _host_target(target)
+    need_compiler()
+    key = _key(config, name)
+    root = _cache_root()
+    entry = root / key
+    if not _intact(entry):
+        log.warning("compiling %s for %s, once", config.key, name)
+        _build(config, name, entry)
+    return entry / LIBRARY, entry / bundle.RUNTIME
+
+
+def need_compiler() -> None:
+    """Raise a RuntimeError that names the ways out if TVM is not installed."""
+    if importlib.util.find_spec("tvm") is None:
+        raise RuntimeError(
+            "Compiling a layer needs the compiler, which is not installed: "
+            "pip install 'tvm-sepconv[compiler]'. A device without it runs bundles: save the layer "
+            "with `layer.save(path)` where the compiler is, and `tvm_sepconv.load(path)` it here."
+        )
+
+
+def compiler(module: str) -> ModuleType:
+    """Import a module of the compiler, the one place where the device side reaches it."""
+    need_compiler()
+    return importlib.import_module(module)
+
+
+def _host_target(target: str | None) -> str:
+    here = targets.runnable()
+    if target is None:
+        if not here:
+            raise RuntimeError(
+                f"This machine ({targets.machine()}) has none of the instruction sets "
+                f"{sorted(targets.FEATURES)}"
+            )
+        return here[0]
+    name = targets.resolve(target)
+    if name.partition("@")[0] not in here:
+        raise ValueError(
+            f"The `target` argument must be one this machine can run, one of {list(here)}. "
+            f"Received: target={target}"
+        )
+    return name
+
+
+def _key(config: KernelConfig, target: str) -> str:
+    parts = {
+        "config": config.to_dict(),
+        "target": target,
+        "tvm": importlib.metadata.version("apache-tvm"),
+        "tvm_ffi": importlib.metadata.version("apache-tvm-ffi"),
+        "sources": _sources_digest(),
+        "logs": [p.stat().st_mtime_ns for p in _log_files()],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _sources_digest() -> str:
+    """Hash everything of ours that decides what code comes out."""
+    digest = hashlib.sha256()
+    package = files("tvm_sepconv")
+    for folder in ("compiler", "native"):
+        for item in sorted((package / folder).iterdir(), key=lambda item: item.name):
+            if item.name.endswith((".py", ".c", ".h")):
+                digest.update(item.read_bytes())
+    for item in sorted(files("tvm_sepconv.compiler.schedules").iterdir(), key=lambda i: i.name):
+        if item.name.endswith(".py"):
+            digest.update(item.read_bytes())
+    return digest.hexdigest()
+
+
+def _log_files() -> list[Path]:
+    return []
+
+
+@functools.cache
+def _cache_root() -> Path:
+    """The cache, created for this user alone; one of this process's own if that cannot be had."""
+    chosen = os.environ.get("TVM_SEPCONV_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    root = Path(chosen) if chosen else base / "tvm_sepconv"
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = root.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+            raise PermissionError(f"{root} belongs to, or can be written by, another user")
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        warnings.warn(
+            f"The cache folder cannot be used ({error}); layers are compiled anew in every "
+            "process. Set TVM_SEPCONV_CACHE to a folder of your own.",
+            stacklevel=2,
+        )
+        return Path(_process_folder().name)
+    return root
+
+
+@functools.cache
+def _process_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="tvm_sepconv-")  # removed when the process ends
+
+
+def _intact(entry: Path) -> bool:
+    try:
+        hashes = json.loads((entry / HASHES).read_text())
+        return all(bundle.sha256(entry / name) == value for name, value in hashes.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _build(config: KernelConfig, target: str, entry: Path) -> None:
+    build = compiler("tvm_sepconv.compiler.build")
+    chosen = compiler("tvm_sepconv.compiler.targets").cpu(target)
+    with tempfile.TemporaryDirectory(dir=entry.parent, prefix="new-") as folder:
+        work = Path(folder, "entry")
+        work.mkdir()
+        build.build_library(config, chosen, work / LIBRARY, build.variants(config, chosen))
+        build.build_runtime(chosen, work / bundle.RUNTIME)
+        hashes = {name: bundle.sha256(work / name) for name in (LIBRARY, bundle.RUNTIME)}
+        (work / HASHES).write_text(json.dumps(hashes))
+        if entry.exists():  # damaged: out of the way, but not from under a process that uses it
+            entry.rename(Path(folder, "damaged"))
+        try:
+            work.rename(entry)
+        except OSError:  # another process was first; its entry is as good
+            if not _intact(entry):
+                raise
+        shutil.rmtree(Path(folder, "damaged"), ignore_errors=True)

@@ -1,0 +1,430 @@
+"""SeparableConv1D: the Keras layer for inference, running compiled kernels."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_sepconv import activations, jit, tensors
+from tvm_sepconv.bundle import open_bundle
+from tvm_sepconv.config import SepConvConfig
+from tvm_sepconv.options import BuildOptions
+from tvm_sepconv.runtime import CompiledLayer
+from tvm_sepconv.variable import Variable
+
+Array = npt.NDArray[Any]
+Shape = tuple[int | None, ...]
+
+
+class SeparableConv1D:
+    """Depthwise convolution along the steps, then a pointwise one that mixes the channels.
+
+    ``y = activation(pointwise(depthwise(x)) + bias)``, as one compiled kernel. The arguments, their
+    defaults and their checks are those of ``keras.layers.SeparableConv1D`` in Keras 3.15; see
+    `SepConvConfig.parse` for the two extensions, ``padding=(left, right)`` and ``seed``.
+
+    A call takes ``(batch, steps, channels)``, or ``(batch, channels, steps)`` for channels_first, of
+    any floating-point dtype, as a NumPy array, a nested list or a DLPack tensor on the CPU, and
+    returns the same kind in the layer's compute dtype. It may be called from several threads.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._set_up(SepConvConfig.parse(*args, **kwargs))
+
+    def _set_up(self, config: SepConvConfig) -> None:
+        self.config = config
+        self.name = config.name
+        self.trainable = config.trainable
+        self.dtype = config.compute_dtype
+        self.depthwise_kernel: Variable | None = None
+        self.pointwise_kernel: Variable | None = None
+        self.bias: Variable | None = None
+        self._channels: int | None = None
+        self._options = BuildOptions()
+        self._library: tuple[Path, Path] | None = None
+        self._compiled: CompiledLayer | None = None
+        self._activity_loss: Any = None
+        self._lock = threading.RLock()
+        fused = activations.name_of(config.activation) in activations.ELEMENTWISE
+        self._afterwards: Callable[[Array], Array] | None = None if fused else config.activation
+        self._plain = fused and config.activity_regularizer is None
+        self._last_shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        self._native_dtype: np.dtype[Any] | None = None
+
+    # ---- building and weights ----------------------------------------------------------------
+
+    @property
+    def built(self) -> bool:
+        """Whether the weights exist."""
+        return self._channels is not None
+
+    def build(self, input_shape: Sequence[int | None]) -> None:
+        """Create the weights for inputs of `input_shape`; batch and steps may be None.
+
+        Raises
+        ------
+        ValueError
+            If the channels are None, or the shape does not fit the layer.
+        """
+        with self._lock:
+            if self.built:
+                return
+            config = self.config
+            config.check_input_shape(input_shape)
+            channels = input_shape[config.channel_axis]
+            assert channels is not None  # check_input_shape refuses it
+            initial = {
+                "depthwise_kernel": (config.depthwise_initializer, config.depthwise_shape(channels)),
+                "pointwise_kernel": (config.pointwise_initializer, config.pointwise_shape(channels)),
+            }
+            if config.use_bias:
+                initial["bias"] = (config.bias_initializer, config.bias_shape)
+            for name, (initializer, shape) in initial.items():
+                value = np.asarray(initializer(shape, dtype=config.variable_dtype))
+                setattr(self, name, Variable(name, value, self._weights_changed))
+            self._channels = channels
+
+    def _weights_changed(self) -> None:
+        self._compiled = None
+
+    @property
+    def weights(self) -> list[Variable]:
+        """``depthwise_kernel``, ``pointwise_kernel`` and, if the layer has one, ``bias``."""
+        variables = (self.depthwise_kernel, self.pointwise_kernel, self.bias)
+        return [v for v in variables if v is not None]
+
+    @property
+    def trainable_weights(self) -> list[Variable]:
+        """The weights if the layer is trainable, else none."""
+        return self.weights if self.trainable else []
+
+    def get_weights(self) -> list[Array]:
+        """Return copies of the weights, in Keras's order and shapes."""
+        return [v.numpy() for v in self.weights]
+
+    def set_weights(self, weights: Sequence[npt.ArrayLike]) -> None:
+        """Replace all weights, or none if one does not fit.
+
+        Raises
+        ------
+        ValueError
+            If the layer is not built, or the number or a shape differs.
+        """
+        self._need_built("set_weights")
+        if len(weights) != len(self.weights):
+            raise ValueError(
+                f"You called `set_weights(weights)` on layer '{self.name}' with a weight list of "
+                f"length {len(weights)}, but the layer was expecting {len(self.weights)} weights."
+            )
+        arrays = [np.asarray(w) for w in weights]
+        for variable, array in zip(self.weights, arrays, strict=True):
+            if variable.shape != array.shape:
+                raise ValueError(
+                    f"Layer {self.name} weight `{variable.name}` has shape {variable.shape}, which is "
+                    f"not compatible with provided weight shape {array.shape}."
+                )
+        with self._lock:
+            for variable, array in zip(self.weights, arrays, strict=True):
+                variable.assign(array)
+
+    def count_params(self) -> int:
+        """Return the number of scalars in the weights."""
+        self._need_built("count_params")
+        return sum(int(np.prod(v.shape)) for v in self.weights)
+
+    def _need_built(self, what: str) -> None:
+        if not self.built:
+            raise ValueError(
+                f"You tried to call `{what}` on layer '{self.name}', but the layer isn't built. "
+                "Call `build(input_shape)` first, or call the layer on data."
+            )
+
+    @property
+    def losses(self) -> list[Any]:
+        """The regularizers' penalties of the weights, then that of the last call's output."""
+        penalties = [
+            getattr(self.config, f"{v.name.removesuffix('_kernel')}_regularizer") for v in self.weights
+        ]
+        result = [r(v.numpy()) for r, v in zip(penalties, self.weights, strict=True) if r is not None]
+        return result + ([] if self._activity_loss is None else [self._activity_loss])
+
+    def apply_constraints(self) -> None:
+        """Project each weight on its constraint, as an optimizer does after a step."""
+        for variable in self.weights:
+            constraint = getattr(
+                self.config, f"{variable.name.removesuffix('_kernel')}_constraint"
+            )
+            if constraint is not None:
+                variable.assign(constraint(variable.numpy()))
+
+    # ---- configuration -----------------------------------------------------------------------
+
+    def get_config(self) -> dict[str, Any]:
+        """Return the arguments as Keras's layer does, JSON-able; a padding pair is a ValueError."""
+        return {**self.config.keras_config(), "trainable": self.trainable}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> SeparableConv1D:
+        """Make a layer from the `get_config` of this class or of Keras's."""
+        return cls._of(SepConvConfig.from_dict(config))
+
+    @classmethod
+    def _of(cls, config: SepConvConfig) -> SeparableConv1D:
+        layer = cls.__new__(cls)
+        layer._set_up(config)
+        return layer
+
+    def compute_output_shape(self, input_shape: Sequence[int | None]) -> Shape:
+        """Return the output's shape; None stays None."""
+        self.config.check_input_shape(input_shape, self._channels)
+        return self.config.compute_output_shape(input_shape)
+
+    # ---- compiling and saving ----------------------------------------------------------------
+
+    def compile(self, options: BuildOptions | None = None) -> None:
+        """Compile now rather than at the first call, or find the library in the cache.
+
+        Raises
+        ------
+        ValueError
+            If the layer is not built or the options do not fit this machine.
+        RuntimeError
+            If the compiler is not installed, naming the extra, or there is no linker.
+        """
+        self._need_built("compile")
+        with self._lock:
+            self._options = options or BuildOptions()
+            self._library = self._compiled = None
+            self._ready()
+
+    def _ready(self) -> CompiledLayer:
+        with self._lock:
+            if self._compiled is None:
+                assert self._channels is not None
+                kernel = self.config.kernel_config(self._channels)
+                if self._library is None:
+                    self._library = jit.library(kernel, self._options.target)
+                weights = [np.asarray(v).astype(self.dtype) for v in self.weights]
+                bias = weights[2] if self.config.use_bias else None
+                self._native_dtype = np.dtype(self.dtype)
+                self._compiled = CompiledLayer(*self._library, self.config, *weights[:2], bias)
+            return self._compiled
+
+    def save(self, path: str | Path, targets: Sequence[str] | None = None) -> None:
+        """Write a bundle of this layer; see `save`."""
+        save({self.name: self}, path, targets)
+
+    # ---- calling -----------------------------------------------------------------------------
+
+    def __call__(self, inputs: Any, out: Any = None) -> Any:
+        """Apply the layer, building and compiling it first if need be.
+
+        Parameters
+        ----------
+        inputs
+            See the class.
+        out
+            An array to write into: the output's shape and dtype, writable, no memory in common with
+            the inputs. It is returned.
+
+        Raises
+        ------
+        TypeError
+            For a dtype that is not floating-point.
+        ValueError
+            For a shape that does not fit, and an `out` that does not.
+        RuntimeError
+            If the layer has to be compiled and cannot be.
+        """
+        compiled = self._compiled
+        if compiled is None or type(inputs) is not np.ndarray or inputs.ndim != 3:
+            return self._call_any(inputs, out)
+        # The short way, for what needs no conversion: the runtime checks both tensors and runs. All that
+        # it does not take, wrong or merely unusual, goes the long way, which explains or converts.
+        shape = inputs.shape
+        if shape != self._last_shapes[0]:
+            self._last_shapes = shape, self._kernel_output_shape(shape)
+        y = np.empty(self._last_shapes[1], self._native_dtype) if out is None else out
+        if self._plain:
+            try:
+                if compiled.call(compiled.handle, inputs, y) == 0:
+                    return y
+            except (BufferError, TypeError, RuntimeError):
+                pass  # DLPack refuses read-only arrays, foreign byte orders, objects …
+        return self._call_any(inputs, out)
+
+    call = __call__
+
+    def _kernel_output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        self.config.check_input_shape(shape, self._channels)
+        steps = self.config.out_steps(shape[1 if self.config.channel_axis == -1 else 2])
+        filters = self.config.filters
+        return (shape[0], steps, filters) if self.config.channel_axis == -1 else (
+            shape[0], filters, steps,
+        )  # fmt: skip
+
+    def _call_any(self, inputs: Any, out: Any) -> Any:
+        config = self.config
+        x, back = tensors.to_numpy(inputs)
+        tensors.check_float(x, "inputs", config.compute_dtype)
+        if not self.built:
+            self.build(x.shape)
+        shape = self._kernel_output_shape(x.shape)
+        final = self.compute_output_shape(x.shape)
+        target = None if out is None else self._check_out(out, final, x)
+        compiled = self._ready()
+        dtype = np.dtype(self.dtype)
+        x = tensors.with_rows(x, dtype)
+        direct = target is not None and self._afterwards is None
+        direct = direct and tensors.with_rows(target, dtype) is target
+        y = target if direct and target is not None else np.empty(shape, dtype)
+        if y.size:
+            compiled.run(x, y, 1 if config.channel_axis == -1 else 2)
+        if self._afterwards is not None:
+            y = np.asarray(self._afterwards(y)).astype(dtype, copy=False)
+        if config.activity_regularizer is not None and len(y):
+            self._activity_loss = config.activity_regularizer(y) / len(y)
+        if target is None:
+            return back(y)
+        if y is not target:
+            np.copyto(target, y)
+        return out
+
+    def _check_out(self, out: Any, shape: Shape, x: Array) -> Array:
+        array, _ = tensors.to_numpy(out, "out")
+        if isinstance(out, (list, tuple)) or array.dtype != np.dtype(self.dtype):
+            raise TypeError(
+                f"The `out` argument must be an array of dtype {self.dtype}. "
+                f"Received: {type(out)} of dtype {array.dtype}"
+            )
+        if array.shape != shape:
+            raise ValueError(
+                f"The `out` argument must have the output's shape {shape}. "
+                f"Received: out.shape={array.shape}"
+            )
+        if not array.flags.writeable:
+            raise ValueError("The `out` argument must be writable. Received: a read-only array")
+        if np.may_share_memory(array, x):
+            raise ValueError(
+                "The `out` argument must not overlap the inputs in memory: outputs are written "
+                "while inputs are still read. Pass an array of its own"
+            )
+        return array
+
+    # ---- copying -----------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "config": self.config,
+            "channels": self._channels,
+            "weights": self.get_weights(),
+            "library": self._library,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._set_up(state["config"])
+        if state["channels"] is not None:
+            self._restore(state["channels"], state["weights"])
+            self._library = state["library"]
+
+    def _restore(self, channels: int, weights: Sequence[Array]) -> None:
+        """Become built with these weights, without drawing initial ones."""
+        names = ("depthwise_kernel", "pointwise_kernel", "bias")
+        for name, value in zip(names, weights, strict=False):
+            setattr(self, name, Variable(name, value, self._weights_changed))
+        self._channels = channels
+
+    def __repr__(self) -> str:
+        return f"<SeparableConv1D name={self.name}, built={self.built}>"
+
+
+def save(
+    layers: Mapping[str, SeparableConv1D], path: str | Path, targets: Sequence[str] | None = None
+) -> None:
+    """Write a bundle of several layers, by name, to the folder `path`.
+
+    Parameters
+    ----------
+    targets
+        Names such as "x86_64-avx2" or "aarch64-neon"; None for every level of this host's family.
+
+    Raises
+    ------
+    ValueError
+        If a layer is not built or a target unknown.
+    RuntimeError
+        If the compiler is not installed, naming the extra, or a linker is missing.
+    """
+    for layer in layers.values():
+        layer._need_built("save")
+    write_bundle = jit.compiler("tvm_sepconv.compiler.package").write_bundle
+    contents = {
+        name: (layer.config, {v.name: v.numpy() for v in layer.weights})
+        for name, layer in layers.items()
+    }
+    write_bundle(contents, path, targets)
+
+
+def load(path: str | Path, target: str | None = None) -> Any:
+    """Load the layers of a bundle with the best libraries this machine can run.
+
+    Parameters
+    ----------
+    target
+        Use the libraries of this target instead.
+
+    Returns
+    -------
+    SeparableConv1D or dict
+        The layer, or, if the bundle has several, the layers by name.
+
+    Raises
+    ------
+    BundleError
+        If the bundle is damaged, of a newer format, or has no library for this machine.
+    """
+    bundle, chosen = open_bundle(path, target)
+    runtime, libraries = bundle.libraries(chosen)
+    weights = bundle.weights()
+    layers = {}
+    for name, config in bundle.layers.items():
+        layer = SeparableConv1D._of(config)
+        values = [weights[name][k] for k in ("depthwise_kernel", "pointwise_kernel")]
+        layer._restore(values[0].shape[1], [*values, *([weights[name]["bias"]] * config.use_bias)])
+        layer._library = libraries[name], runtime
+        layer._ready()
+        layers[name] = layer
+    return next(iter(layers.values())) if len(layers) == 1 else layers
+
+
+def layer_separable_conv_1d(
+    object: Any, filters: Any, kernel_size: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Make a `SeparableConv1D` and compose it with `object`.
+
+    The arguments after `object` are the layer's, in its order and with its defaults.
+
+    Parameters
+    ----------
+    object
+        None, an array or tensor, or a model with a method ``add``.
+
+    Returns
+    -------
+    Any
+        The layer for None, its output for an array or tensor, `object` with the layer added for a
+        model.
+    """
+    layer = SeparableConv1D(filters, kernel_size, *args, **kwargs)
+    if object is None:
+        return layer
+    is_data = isinstance(object, (np.ndarray, list, tuple)) or hasattr(object, "__dlpack__")
+    if not is_data and hasattr(object, "add"):
+        object.add(layer)
+        return object
+    return layer(object)

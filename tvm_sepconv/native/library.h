@@ -1,0 +1,26 @@
+/* What a compiled library tells the runtime: one exported symbol, `tvm_sepconv_description`. */
+#ifndef TVM_SEPCONV_LIBRARY_H_
+#define TVM_SEPCONV_LIBRARY_H_
+
+#include <stdint.h>
+#include <tvm/ffi/c_api.h>
+
+/* One kernel: computes any number of steps, `step_tile` at a time, serially. */
+typedef struct {
+  int32_t step_tile;
+  TVMFFISafeCallType kernel;
+} tvm_sepconv_variant;
+
+typedef struct {
+  int32_t abi;
+  int32_t channels, filters, kernel_size, strides, dilation_rate, depth_multiplier;
+  int32_t channels_first, use_bias;
+  int32_t float_bits;       /* of x and y: 16, 32, 64 */
+  int32_t bfloat;           /* 1 if the 16 bits are a bfloat16 */
+  int32_t accumulator_bits; /* of the packed weights: 32, 64 */
+  int32_t lanes;            /* of the weight packing */
+  int32_t variant_count;
+  const tvm_sepconv_variant* variants; /* longest tile first */
+} tvm_sepconv_library;
+
+#endif /* TVM_SEPCONV_LIBRARY_H_ */

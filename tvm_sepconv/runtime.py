@@ -1,0 +1,162 @@
+"""The process side: one runtime library, compiled layers made from libraries, threads.
+
+The runtime library owns the threads and the scratch memory, so a process loads exactly one: the
+first wins, whichever bundle or cache entry it came from, and every later one must have its ABI.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tvm_sepconv.config import SepConvConfig
+
+ABI = 1  # TVM_SEPCONV_ABI of native/tvm_sepconv.h; a test compares them
+ERROR_OVERLAP = 6
+_PADDINGS = {"valid": 0, "same": 1}
+
+_lock = threading.Lock()
+_loaded: _Runtime | None = None
+_threads: int | None = None  # asked for before a runtime was loaded
+
+Array = npt.NDArray[Any]
+
+
+class _View(ctypes.Structure):
+    """tvm_sepconv_view: data, and strides in elements of batch and rows."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch_stride", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, array: Array) -> _View:
+        batch, row = (stride // array.itemsize for stride in array.strides[:2])
+        return cls(array.__array_interface__["data"][0], batch, row)
+
+
+class _Runtime:
+    """A loaded runtime library: the C API, and its one function for tensors."""
+
+    def __init__(self, path: Path) -> None:
+        import tvm_ffi  # here, so that importing the package loads no native code
+
+        c = ctypes.CDLL(str(path))
+        c.tvm_sepconv_last_error.restype = ctypes.c_char_p
+        pointer, size = ctypes.c_void_p, ctypes.c_int64
+        c.tvm_sepconv_layer_create.argtypes = (
+            ctypes.c_char_p, pointer, pointer, pointer, ctypes.c_int, size, size,
+            ctypes.POINTER(pointer),
+        )  # fmt: skip
+        c.tvm_sepconv_layer_destroy.argtypes = (pointer,)
+        c.tvm_sepconv_run.argtypes = (pointer, size, size, _View, _View)
+        self.c = c
+        self.path = path
+        self.run: Callable[[int, Any, Any], int] = tvm_ffi.load_module(str(path))["run"]
+
+    def check(self, status: int) -> None:
+        """Raise what a status of the C API means."""
+        if status:
+            raise RuntimeError(self.c.tvm_sepconv_last_error().decode())
+
+
+def start(path: Path) -> _Runtime:
+    """Load the runtime library at `path` unless the process already has one."""
+    global _loaded
+    with _lock:
+        if _loaded is None:
+            _loaded = _Runtime(path.resolve())
+            if _threads is not None:
+                _loaded.c.tvm_sepconv_set_num_threads(_threads)
+        return _loaded
+
+
+def set_num_threads(threads: int | None) -> None:
+    """Set how many threads one call may use, the calling one included.
+
+    Parameters
+    ----------
+    threads
+        None restores the default: ``$TVM_SEPCONV_NUM_THREADS``, else the smaller of the CPUs this
+        process may run on and its control group's quota.
+
+    Raises
+    ------
+    ValueError
+        If `threads` is not a positive integer.
+    """
+    global _threads
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise ValueError(f"The `threads` argument must be an integer. Received: threads={threads!r}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"The `threads` argument must be at least 1. Received: threads={threads}")
+    with _lock:
+        _threads = threads
+        if _loaded is not None:
+            _loaded.c.tvm_sepconv_set_num_threads(threads or 0)
+
+
+def num_threads() -> int | None:
+    """Threads a call may use now; None before the first compiled layer if none were set."""
+    return _threads if _loaded is None else int(_loaded.c.tvm_sepconv_num_threads())
+
+
+class CompiledLayer:
+    """A library with weights: immutable, so any number of threads may run it at once.
+
+    Parameters
+    ----------
+    library, runtime
+        Shared libraries for this machine.
+    depthwise, pointwise, bias
+        In Keras's shapes; copied and packed.
+    """
+
+    def __init__(
+        self,
+        library: Path,
+        runtime: Path,
+        config: SepConvConfig,
+        depthwise: Array,
+        pointwise: Array,
+        bias: Array | None,
+    ) -> None:
+        self.runtime = start(runtime)
+        left, right = config.padding if not isinstance(config.padding, str) else (0, 0)
+        padding = _PADDINGS.get(config.padding, 2) if isinstance(config.padding, str) else 2
+        arrays = [
+            None if a is None else np.ascontiguousarray(a, config.accumulation_dtype)
+            for a in (depthwise, pointwise, bias)
+        ]
+        handle = ctypes.c_void_p()
+        status = self.runtime.c.tvm_sepconv_layer_create(
+            str(library).encode(),
+            *(None if a is None else a.ctypes.data for a in arrays),
+            padding, left, right, ctypes.byref(handle),
+        )  # fmt: skip
+        self.runtime.check(status)
+        self.handle = int(handle.value or 0)
+        self.call = self.runtime.run
+
+    def __del__(self) -> None:
+        if getattr(self, "handle", 0):
+            self.runtime.c.tvm_sepconv_layer_destroy(self.handle)
+
+    def run(self, x: Array, out: Array, steps_axis: int) -> None:
+        """Run on arrays that were checked before: dtype, shapes, contiguous rows.
+
+        This is the way for arrays that DLPack refuses, such as read-only ones.
+        """
+        batch, steps = x.shape[0], x.shape[steps_axis]
+        status = self.runtime.c.tvm_sepconv_run(
+            self.handle, batch, steps, _View.of(x), _View.of(out)
+        )
+        self.runtime.check(status)

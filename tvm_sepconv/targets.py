@@ -1,0 +1,94 @@
+"""Targets by name, and which of them this machine can run; no compiler needed.
+
+A target is ``<isa>`` or ``<isa>@<core>``: one spelling for the command line, library folders and
+log files. The core tunes, the instruction set decides where a library runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from pathlib import Path
+
+# Flags of /proc/cpuinfo that a library of that instruction set needs: x86-64-v2, -v3, -v4, Armv8.0,
+# Armv8.2 with half precision, Armv7 with NEON and VFPv4. Worst to best within a machine.
+FEATURES: dict[str, tuple[str, ...]] = {
+    "x86_64-sse42": ("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"),
+    "x86_64-avx2": ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"),
+    "x86_64-avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+    "armv7-neon": ("neon", "vfpv4"),
+    "aarch64-neon": ("asimd", "fp"),
+    "aarch64-fp16": ("asimd", "asimdhp", "fp", "fphp"),
+}
+CORES = ("cortex-a53", "cortex-a55", "cortex-a72", "cortex-a76", "neoverse-n1")
+CUDA_ARCHS = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
+_SHORT = {"arm": "aarch64-neon@cortex-a76"}
+_MACHINES = {"arm64": "aarch64", "armv7l": "armv7", "armv8l": "armv7", "amd64": "x86_64"}
+
+
+def machine() -> str:
+    """The architecture part of this machine's target names, such as "x86_64"."""
+    name = platform.machine().lower()
+    return _MACHINES.get(name, name)
+
+
+@functools.cache
+def cpu_features() -> frozenset[str]:
+    """The CPU flags Linux reports; empty where it reports none."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return frozenset()
+    lines = (line.partition(":") for line in text.splitlines())
+    return frozenset(
+        flag for key, _, flags in lines if key.strip() in ("flags", "Features")
+        for flag in flags.split()
+    )  # fmt: skip
+
+
+def runnable() -> tuple[str, ...]:
+    """The instruction sets this machine can run, best first."""
+    here, flags = machine(), cpu_features()
+    return tuple(
+        isa
+        for isa, needed in reversed(FEATURES.items())
+        if isa.split("-")[0] == here and flags.issuperset(needed)
+    )
+
+
+def missing_features(isa: str) -> tuple[str, ...]:
+    """What this machine lacks to run libraries of `isa`: CPU flags, or the architecture."""
+    arch = isa.split("-")[0]
+    if arch != machine():
+        return (f"the {arch} architecture (this machine is {machine()})",)
+    return tuple(flag for flag in FEATURES[isa] if flag not in cpu_features())
+
+
+def resolve(name: str) -> str:
+    """Expand a short name and check it: "x86" is this host's best level, "arm" a Cortex-A76.
+
+    Raises
+    ------
+    ValueError
+        If there is no such target, naming those that there are.
+    """
+    if name == "x86":
+        levels = [isa for isa in runnable() if isa.startswith("x86_64")]
+        return levels[0] if levels else "x86_64-avx2"
+    name = _SHORT.get(name, name)
+    isa, _, core = name.partition("@")
+    known_core = core in CORES if isa.startswith("a") else not core
+    if name == "cuda" or name.removeprefix("cuda-") in CUDA_ARCHS or (
+        isa in FEATURES and (known_core or "@" not in name)
+    ):  # fmt: skip
+        return name
+    raise ValueError(
+        f"The `target` argument must be one of {sorted(FEATURES)}, for ARM with @{'|'.join(CORES)}, "
+        f"cuda, {', '.join('cuda-' + a for a in CUDA_ARCHS)}, or the short names x86 and arm. "
+        f"Received: target={name}"
+    )
+
+
+def host_family() -> tuple[str, ...]:
+    """Every level of this host's family that it can run, the default of `save`; worst first."""
+    return tuple(reversed(runnable()))

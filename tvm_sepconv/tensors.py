@@ -1,0 +1,101 @@
+"""Arrays and tensors in, the same kind out: NumPy arrays, lists, and DLPack tensors on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+_CPU_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
+
+
+def to_numpy(value: Any, name: str = "inputs") -> tuple[Array, Callable[[Array], Any]]:
+    """Return `value` as an array, without a copy where it is one, and how to go back.
+
+    Raises
+    ------
+    TypeError
+        If it is neither array, nested list of numbers, nor a tensor that speaks DLPack.
+    ValueError
+        For a tensor on another device, naming the way out, and for ragged lists.
+    """
+    if isinstance(value, np.ndarray):
+        return value, lambda y: y
+    if hasattr(value, "__dlpack__"):
+        return _from_dlpack(value, name)
+    if isinstance(value, (list, tuple, float, int)) or hasattr(value, "__array__"):
+        try:
+            return np.asarray(value), lambda y: y
+        except ValueError as error:
+            raise ValueError(
+                f"The `{name}` argument must be a rectangular array. Received nested lists of "
+                "different lengths; pad them, or call the layer once for each length"
+            ) from error
+    raise TypeError(
+        f"The `{name}` argument must be a NumPy array, a nested list of floats, or a tensor with "
+        f"`__dlpack__`. Received: {type(value)}"
+    )
+
+
+def _from_dlpack(value: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
+    device, index = value.__dlpack_device__()
+    if int(device) not in _CPU_DEVICES:
+        raise ValueError(
+            f"The `{name}` argument must be on the CPU. Received: a {type(value).__name__} on "
+            f"DLPack device type {int(device)}, index {index}; move it to the CPU first"
+        )
+    back = _back(value)
+    if getattr(value, "requires_grad", False):
+        value = value.detach()  # inference: torch exports no tensor that still records gradients
+    return np.from_dlpack(value), back
+
+
+def _back(value: Any) -> Callable[[Array], Any]:
+    """Return the `from_dlpack` of the framework that `value` is from."""
+    if hasattr(value, "__array_namespace__"):
+        return value.__array_namespace__().from_dlpack  # type: ignore[no-any-return]
+    root = sys.modules[type(value).__module__.partition(".")[0]]
+    if root.__name__ == "tensorflow":
+        return root.experimental.dlpack.from_dlpack  # type: ignore[attr-defined, no-any-return]
+    if hasattr(root, "from_dlpack"):
+        return root.from_dlpack  # type: ignore[no-any-return]
+    return lambda y: y
+
+
+def check_float(array: Array, name: str, dtype: str) -> None:
+    """Refuse what would have to be converted silently: integers, bool, complex, objects.
+
+    Raises
+    ------
+    TypeError
+        Naming the dtype and `.astype`.
+    """
+    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+        raise TypeError(
+            f"The `{name}` argument must have a floating-point dtype. Received: "
+            f"{name}.dtype={array.dtype}. Convert it with `.astype('{dtype}')` if that is meant"
+        )
+
+
+def with_rows(array: Array, dtype: np.dtype[Any]) -> Array:
+    """Return `array` as kernels take it: native `dtype`, aligned, contiguous along the last axis.
+
+    A copy is made only when one of these does not hold already.
+    """
+    size = array.itemsize
+    fits = (
+        array.dtype == dtype
+        and array.dtype.isnative
+        and array.flags.aligned
+        and (array.strides[2] == size or array.shape[2] <= 1)
+        and all(stride >= 0 and stride % size == 0 for stride in array.strides[:2])
+    )
+    if fits:
+        return array
+    # Values beyond the narrower type become infinite, which is what Keras's cast gives too.
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(array, dtype)
