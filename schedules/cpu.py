@@ -70,8 +70,9 @@ class VectorUnit:
         return self.bytes // (8 if dtype == "float64" else 4)
 
 
-SCRATCH_BYTES = 512 * 1024  # half of a 1 MiB second-level cache; the weights stream through the rest
-LONG, MIDDLE = 8, 2  # register tiles along the steps of a long and of a middle variant
+# Three quarters of a 1 MiB second-level cache; weights and outputs stream through the rest.
+SCRATCH_BYTES = 768 * 1024
+LATENCY = 4  # cycles of a multiply-add: fewer accumulators than this leave the unit waiting
 
 
 def tilings(config: KernelConfig, unit: VectorUnit) -> tuple[Tiling, ...]:
@@ -85,26 +86,50 @@ def tilings(config: KernelConfig, unit: VectorUnit) -> tuple[Tiling, ...]:
     return form(config, unit, lanes)
 
 
+def cost(config: KernelConfig, lanes: int, tiling: Tiling) -> float:
+    """Estimate the cycles of one tile; the runtime covers a sequence with the cheapest tiles.
+
+    Every multiply-add takes a cycle, but a register tile takes at least its loads (two broadcasts a
+    cycle) and at least the latency of one multiply-add. Copying a vector of the input takes two.
+    """
+    rows, vectors = tiling.register_tile
+    step = max(rows * vectors, vectors + rows / 2, LATENCY) / (rows * vectors)
+    last = config.data_format == "channels_last"
+    channels = -(-config.channels // lanes) if last else config.channels
+    filters = -(-config.filters // lanes) if last else -(-config.filters // rows) * rows
+    steps = tiling.step_tile if last else tiling.step_tile / lanes
+    copied = (tiling.step_tile - 1) * config.strides + config.effective_kernel
+    copy = 2 * channels * copied / (1 if last else lanes)
+    depthwise = steps * channels * config.depth_multiplier * config.kernel_size
+    return copy + depthwise + steps * filters * config.mid_channels * step
+
+
 def _tilings_last(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[Tiling, ...]:
     panels = -(-config.filters // lanes)
     # Vectors of filters must divide the panels: a partial group would put a predicate in the hot
     # loop. Two (three) of them and eight rows keep the loads below the multiply-adds.
-    wide = next((v for v in ((2, 3) if unit.registers > 16 else (2,)) if panels % v == 0), 1)
+    wide = _divisor(panels, 3 if unit.registers > 16 else 2, 2)
     rows = {32: {1: 16, 2: 8, 3: 8}, 16: {1: 8, 2: 6}}[unit.registers][wide]
-    groups = -(-config.channels // lanes)
-    deep = 2 if groups % 2 == 0 else 1
     steps = 8 if unit.registers > 16 else 4
-    variants = [LONG * 8 // rows * rows, MIDDLE * rows, 4, 1]
-    while variants[0] > variants[1] and _scratch(config, variants[0], lanes) > SCRATCH_BYTES:
-        variants[0] = max(variants[0] // 2 // rows * rows, variants[1])
+    deep = _divisor(-(-config.channels // lanes), 2)
+    long = 64 // rows * rows
+    while long > 2 * rows and _scratch(config, long, lanes) > SCRATCH_BYTES:
+        long = max(long // 2 // rows * rows, 2 * rows)
+    # A few steps have few rows of accumulators; more vectors make up for them.
+    tiles = {long: (rows, wide), 2 * rows: (rows, wide)}
+    tiles[4] = (4, _divisor(panels, unit.registers // 8))
+    tiles[1] = (1, _divisor(panels, unit.registers // 4))
     return tuple(
-        Tiling(
-            step_tile=tile,
-            register_tile=(min(rows, tile), wide),
-            depthwise_block=(math.gcd(steps, tile), deep),
-        )
-        for tile in sorted(set(variants), reverse=True)
+        Tiling(step_tile=tile, register_tile=tiles[tile], depthwise_block=(math.gcd(steps, tile), deep))
+        for tile in sorted(tiles, reverse=True)
     )
+
+
+def _divisor(number: int, most: int, prefer: int = 0) -> int:
+    """The largest divisor of `number` up to `most`, or `prefer` if that is one."""
+    if prefer and number % prefer == 0:
+        return prefer
+    return max(d for d in range(1, most + 1) if number % d == 0)
 
 
 def _tilings_first(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[Tiling, ...]:

@@ -1,4 +1,4 @@
-"""CUDA: the layer as one kernel on the ordinary cores, in full float32 (or float64).
+"""CUDA: the layer as one kernel on the ordinary cores, in full float32.
 
 A thread block owns ``step_tile`` output steps of ``filter_tile`` filters of one sample (steps on
 ``blockIdx.x``, filters on ``blockIdx.y``, batch on ``blockIdx.z``) and takes the channels in chunks
@@ -47,7 +47,7 @@ class Tiling:
     step_tile, filter_tile
         A block's outputs, each a multiple of `LANES`.
     channel_tile
-        Channels that pass through shared memory at a time.
+        Channels that pass through shared memory at a time, a power of two.
     warps
         Warps of a block, a power of two up to 32.
     stage_input
@@ -71,8 +71,8 @@ class Tiling:
              f"a multiple of {LANES} up to {MAX_STEP_TILE}"),
             ("filter_tile", self.filter_tile > 0 and self.filter_tile % LANES == 0,
              f"a multiple of {LANES}"),
-            ("channel_tile", self.channel_tile > 0, "positive"),
-            ("warps", self.warps in (1, 2, 4, 8, 16, 32), "a power of two up to 32"),
+            ("channel_tile", _is_power(self.channel_tile), "a power of two"),
+            ("warps", self.warps <= 32 and _is_power(self.warps), "a power of two up to 32"),
         ):  # fmt: skip
             if not ok:
                 raise ValueError(
@@ -101,18 +101,23 @@ class Tiling:
         return cls(**numbers, stage_input=bool(decisions["stage_input"]))
 
 
+def _is_power(number: int) -> bool:
+    return number > 0 and number & (number - 1) == 0
+
+
 def shared_bytes(config: KernelConfig, tiling: Tiling) -> int:
-    """Return the shared memory a block takes, in bytes."""
+    """Return the shared memory a block takes at most, in bytes."""
     stride, halo, channels = config.strides, config.effective_kernel - 1, config.channels
     if config.data_format == "channels_last":
         channels = padded(channels, LANES)
         rows = (tiling.step_tile - 1) * stride + halo + 1
     else:  # split by phase of the stride, every phase as long as the longest
         rows = min(stride, halo + 1) * (tiling.step_tile + halo // stride)
-    if not tiling.stage_input:
-        rows = 0
-    size = 8 if config.accumulation_dtype == "float64" else 4
-    return (rows + tiling.step_tile) * min(tiling.channel_tile, channels) * size
+    channels = min(tiling.channel_tile, channels)
+    staged = rows * channels
+    if channels == 1:  # nothing stops TVM from giving the last round work for every thread
+        staged = padded(rows, tiling.warps * LANES)
+    return 4 * (staged * tiling.stage_input + tiling.step_tile * channels)
 
 
 def default_tiling(config: KernelConfig) -> Tiling:
@@ -125,7 +130,7 @@ def default_tiling(config: KernelConfig) -> Tiling:
 
     Shared memory decides the rest. 32 channels fill a warp; 16 and 8 still read whole sectors of 32
     bytes, so they come before a shorter step tile, which shares the halo among fewer steps. A
-    halo that fits no way (some 1400 rows of float32) is read where it is.
+    halo that fits no way (some 1400 rows) is read where it is.
     """
     panels = -(-config.filters // LANES)
     width = next(n for n in (4, 3, 2, 1) if panels % n == 0) * LANES

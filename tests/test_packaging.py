@@ -43,10 +43,11 @@ BLOCKED = {
 
 def _listed() -> list[Path]:
     """Files that git tracks or would track, relative to the root."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout: what belongs to the project cannot be told")
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        pytest.skip(f"not a git checkout: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
     return [Path(name) for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
 
 

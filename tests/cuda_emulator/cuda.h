@@ -46,7 +46,7 @@ namespace emulator {
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kSharedBytes = 48 << 10;
 constexpr unsigned kThreads = 1024, kGridYZ = 65535;
-constexpr int kRunning = 0, kDone = -1;  // any other state is the line of a barrier
+constexpr int kRunning = 0, kDone = -1;  // a positive state is the line of a barrier
 
 struct Fiber {
   ucontext_t context;
@@ -76,6 +76,9 @@ bool fail(const char* format, Values... values) {
   return false;
 }
 
+// Never comes back: what would follow a broken rule must not run in this process.
+inline void abandon() { swapcontext(&current->context, &scheduler); }
+
 inline bool run_block(std::vector<unsigned>& order, bool shuffle, std::mt19937& random) {
   if (__start_shared_memory)
     memset(__start_shared_memory, 0xff, __stop_shared_memory - __start_shared_memory);
@@ -93,13 +96,14 @@ inline bool run_block(std::vector<unsigned>& order, bool shuffle, std::mt19937& 
       current = &fibers[i];
       threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
       swapcontext(&scheduler, &current->context);
+      if (report[0]) return false;
     }
     int state = fibers[0].state;
     for (size_t i = 0; i < fibers.size(); i++)
       if (fibers[i].state != state)
         return fail("divergent barrier in block (%u, %u, %u): thread 0 is at line %d, %zu at %d (-1: done)",
                     blockIdx.x, blockIdx.y, blockIdx.z, state, i, fibers[i].state);
-    if (state == kDone) return !report[0];
+    if (state == kDone) return true;
   }
 }
 
@@ -153,4 +157,5 @@ extern "C" void __ubsan_handle_out_of_bounds(void* place, void* index) {
   };
   emulator::fail("index %zd outside a shared or local array, line %u",
                  reinterpret_cast<intptr_t>(index), static_cast<Location*>(place)->line);
+  emulator::abandon();
 }

@@ -14,7 +14,7 @@ from tvm.s_tir import Schedule
 
 from tvm_sepconv.compiler import compute
 from tvm_sepconv.compiler.link import toolchain
-from tvm_sepconv.compiler.schedules.cpu import Tiling, fuse
+from tvm_sepconv.compiler.schedules.cpu import Tiling, cost, fuse
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.config import KernelConfig
 
@@ -119,6 +119,7 @@ def _description(
 ) -> str:
     """The C file that makes a library describe itself to the runtime."""
     bits, bfloat = _FORMATS[config.dtype]
+    lanes = target.lanes(config.accumulation_dtype)
     fields = {
         "abi": ABI,
         "channels": config.channels,
@@ -132,7 +133,7 @@ def _description(
         "float_bits": bits,
         "bfloat": bfloat,
         "accumulator_bits": _FORMATS[config.accumulation_dtype][0],
-        "lanes": target.lanes(config.accumulation_dtype),
+        "lanes": lanes,
         "variant_count": len(names),
         "variants": "variants",
     }
@@ -140,7 +141,8 @@ def _description(
         f"int __tvm_ffi_{n}(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);\n" for n in names
     )
     table = ", ".join(
-        f"{{{v.tiling.step_tile}, __tvm_ffi_{n}}}" for n, v in zip(names, variants, strict=True)
+        f"{{{v.tiling.step_tile}, {cost(config, lanes, v.tiling)!r}, __tvm_ffi_{n}}}"
+        for n, v in zip(names, variants, strict=True)
     )
     values = ", ".join(f".{name} = {value}" for name, value in fields.items())
     return (

@@ -8,6 +8,7 @@
 /* One kernel: computes any number of steps, `step_tile` at a time, serially. */
 typedef struct {
   int32_t step_tile;
+  double cost; /* of one tile, in cycles as the schedule estimates them; only ratios count */
   TVMFFISafeCallType kernel;
 } tvm_sepconv_variant;
 

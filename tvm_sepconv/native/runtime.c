@@ -198,8 +198,19 @@ static int run_kernel(const call* c, const tvm_sepconv_variant* variant, int64_t
   return variant->kernel(NULL, arguments, count_arguments, &result);
 }
 
-/* Steps [first, end) of sample `n`: whole tiles of each variant, longest first. A tail that fills at
- * least three quarters of a tile is cheaper as one ragged tile than as several shorter ones. */
+/* Cost of `steps` with the variants from `i` on: the last tile of the longest is ragged, or what is left
+ * goes to the shorter ones. */
+static double tail_cost(const tvm_sepconv_library* l, int i, int64_t steps) {
+  const tvm_sepconv_variant* v = &l->variants[i];
+  const int64_t tiles = steps / v->step_tile, tail = steps % v->step_tile;
+  if (!tail) return (double)tiles * v->cost;
+  const double ragged = (double)(tiles + 1) * v->cost;
+  if (i + 1 == l->variant_count) return ragged;
+  const double shorter = (double)tiles * v->cost + tail_cost(l, i + 1, tail);
+  return shorter < ragged ? shorter : ragged;
+}
+
+/* Steps [first, end) of sample `n`: whole tiles of each variant, longest first. */
 static int run_steps(const call* c, int64_t n, int64_t first, int64_t end) {
   const tvm_sepconv_library* l = c->layer->library;
   const int64_t widest = c->x.row_stride > c->y.row_stride ? c->x.row_stride : c->y.row_stride;
@@ -209,7 +220,8 @@ static int run_steps(const call* c, int64_t n, int64_t first, int64_t end) {
     const tvm_sepconv_variant* variant = &l->variants[i];
     const int64_t tile = variant->step_tile;
     int64_t count = (end - first) / tile * tile, tail = end - first - count;
-    if (i == l->variant_count - 1 || tail * 4 >= tile * 3) count = end - first;
+    if (i + 1 == l->variant_count || (tail && tail_cost(l, i + 1, tail) >= variant->cost))
+      count = end - first;
     const int64_t most = longest / tile > 1 ? longest / tile * tile : tile; /* int32 indices */
     for (const int64_t stop = first + count; first < stop && !status;) {
       const int64_t part = stop - first < most ? stop - first : most;
