@@ -5,6 +5,7 @@
 #   make check                     lint, format and types
 #   make tune TARGET=x86           tune; also TRIALS=8 MINUTES=10 WORKLOADS=QN-B1,QN-C1
 #   make build TARGET=x86          build
+#   make bench                     time beside ONNX Runtime; also WORKLOADS=QN-B1,QN-C1 THREADS=2
 #   make wheel                     dist/*.whl
 #   make setup                     everything the above need, into .venv (each of them does its own part by itself)
 #   make clean                     remove what the above made
@@ -16,18 +17,20 @@ TARGET ?= x86
 # What each set of commands needs. A machine without a C compiler gets ziglang to link with; `dev` has it
 # anyway, since the tests link with both.
 EXTRAS-demo = compiler,h5
+EXTRAS-bench = compiler,bench
 EXTRAS-tune = compiler,h5,tune
 EXTRAS-dev = compiler,cross,dev,h5,test,tune
 COVERS-demo = demo
+COVERS-bench = bench
 COVERS-tune = demo tune
-COVERS-dev = demo tune dev
+COVERS-dev = demo bench tune dev
 ZIG = $(if $(shell command -v cc 2>/dev/null),,$(comma)cross)
 comma := ,
 
 CLI = $(VENV)/bin/tvm-sepconv
 SCOPE = --target $(TARGET) $(if $(WORKLOADS),--workloads $(WORKLOADS))
 
-.PHONY: setup demo test test-all check tune build wheel clean
+.PHONY: setup demo test test-all check tune build bench wheel clean
 setup: $(VENV)/.has-dev
 
 demo: $(VENV)/.has-demo
@@ -50,6 +53,9 @@ tune: $(VENV)/.has-tune
 build: $(VENV)/.has-demo
 	$(CLI) build $(SCOPE)
 
+bench: $(VENV)/.has-bench
+	$(VENV)/bin/python -m tvm_sepconv.bench $(subst $(comma), ,$(WORKLOADS)) $(if $(THREADS),--threads $(THREADS))
+
 # setuptools packs whatever an earlier build left in build/lib, deleted modules included.
 wheel: $(VENV)/bin/pip
 	rm -rf build/lib
@@ -58,7 +64,7 @@ wheel: $(VENV)/bin/pip
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
-$(VENV)/.has-demo $(VENV)/.has-tune $(VENV)/.has-dev: $(VENV)/.has-%: pyproject.toml | $(VENV)/bin/pip
+$(VENV)/.has-demo $(VENV)/.has-bench $(VENV)/.has-tune $(VENV)/.has-dev: $(VENV)/.has-%: pyproject.toml | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --disable-pip-version-check --editable '.[$(EXTRAS-$*)$(ZIG)]'
 	touch $(addprefix $(VENV)/.has-,$(COVERS-$*))
 

@@ -1,13 +1,15 @@
 """ARM: NEON's units and default tilings, in their first, simple form.
 
 The fused CPU schedule as it is, with four float32 lanes. AArch64 has 32 registers: 8 x 2 vectors
-of accumulators leave room for the weights and broadcasts; Armv7 has 16: 4 x 2. Lane-wise multiply-add,
-in-order cores and half precision are not considered yet.
+of accumulators leave room for the weights and broadcasts; Armv7 has 16: 6 x 2. Lane-wise
+multiply-add, in-order cores and half precision are not considered yet.
 """
 
 from __future__ import annotations
 
+from tvm_sepconv.compiler.schedules import cpu
 from tvm_sepconv.compiler.schedules.cpu import Tiling, VectorUnit, tilings
+
 from tvm_sepconv.config import KernelConfig
 
 UNITS = {
@@ -19,4 +21,11 @@ UNITS = {
 
 def default_tilings(config: KernelConfig, isa: str) -> tuple[Tiling, ...]:
     """Return the variants of a library, longest tile first."""
-    return tilings(config, UNITS[isa])
+    variants: tuple[Tiling, ...] = tilings(config, UNITS[isa])
+    return variants
+
+
+def candidates(config: KernelConfig, isa: str) -> tuple[Tiling, ...]:
+    """Return the design space of a library's long variant, the default first."""
+    space: tuple[Tiling, ...] = cpu.candidates(config, UNITS[isa])
+    return space

@@ -13,14 +13,16 @@ that the last tile may be ragged: the hot loops carry no predicate.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
-
-from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV, SBlockRV
+from typing import TYPE_CHECKING, Any
 
 from tvm_sepconv.config import KernelConfig
+
+if TYPE_CHECKING:  # tunings are looked up in processes that never load TVM
+    from tvm.s_tir import Schedule
+    from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class VectorUnit:
 
 # Three quarters of a 1 MiB second-level cache; weights and outputs stream through the rest.
 SCRATCH_BYTES = 768 * 1024
+LONGEST_TILE = 256  # steps; at most compute.MAX_STEP_TILE, beyond which kernels overrun
 LATENCY = 4  # cycles of a multiply-add: fewer accumulators than this leave the unit waiting
 
 
@@ -104,31 +107,50 @@ def cost(config: KernelConfig, lanes: int, tiling: Tiling) -> float:
     return copy + depthwise + steps * filters * config.mid_channels * step
 
 
+def reads_in_place(config: KernelConfig, tiling: Tiling) -> str:
+    """When a variant gains by reading the input where it lies: "never", "aligned" or "always".
+
+    Copying a tile's rows costs about 3.5 cycles a vector, halo included. It aligns them, where most
+    arrays are not: then half of a load's cycles are lost in place, for every tap. (AVX-512, 128
+    channels: 5 taps 114 against 109 GFLOP/s, 7 the same, 11 taps 106 against 109; aligned 112.)
+    """
+    last = config.data_format == "channels_last"
+    if (config.strides > 1 and not last) or (tiling.step_tile < 16 and last):
+        return "never"
+    copied = (tiling.step_tile - 1) * config.strides + config.effective_kernel
+    cheap = config.kernel_size / 2 <= 3.5 * copied / tiling.step_tile
+    return "always" if cheap or not last else "aligned"
+
+
 def _tilings_last(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[Tiling, ...]:
     panels = -(-config.filters // lanes)
     # Vectors of filters must divide the panels: a partial group would put a predicate in the hot
-    # loop. Two (three) of them and eight rows keep the loads below the multiply-adds.
-    wide = _divisor(panels, 3 if unit.registers > 16 else 2, 2)
-    rows = {32: {1: 16, 2: 8, 3: 8}, 16: {1: 8, 2: 6}}[unit.registers][wide]
-    steps = 8 if unit.registers > 16 else 4
-    deep = _divisor(-(-config.channels // lanes), 2)
+    # loop. A tile that is nearly square needs the fewest loads (4 x 4: 8 for 16 multiply-adds,
+    # 8 x 2: 10). Depthwise: 8 x 1 for 8 x 2 gained 4 % with 32 registers, lost 8 % with 16.
+    many = unit.registers > 16
+    wide = _divisor(panels, 4 if many else 2)
+    rows = ({1: 16, 2: 8, 3: 8, 4: 4} if many else {1: 8, 2: 6})[wide]
+    steps, deep = (8, 1) if many else (4, _divisor(-(-config.channels // lanes), 2))
     long = 64 // rows * rows
-    while long > 2 * rows and _scratch(config, long, lanes) > SCRATCH_BYTES:
-        long = max(long // 2 // rows * rows, 2 * rows)
+    middle = max(16 // rows, 2) * rows
+    while long > middle and _scratch(config, long, lanes) > SCRATCH_BYTES:
+        long = max(long // 2 // rows * rows, middle)
     # A few steps have few rows of accumulators; more vectors make up for them.
-    tiles = {long: (rows, wide), 2 * rows: (rows, wide)}
+    tiles = {long: (rows, wide), middle: (rows, wide)}
     tiles[4] = (4, _divisor(panels, unit.registers // 8))
     tiles[1] = (1, _divisor(panels, unit.registers // 4))
     return tuple(
-        Tiling(step_tile=tile, register_tile=tiles[tile], depthwise_block=(math.gcd(steps, tile), deep))
+        Tiling(
+            step_tile=tile,
+            register_tile=tiles[tile],
+            depthwise_block=(math.gcd(steps, tile), deep),
+        )
         for tile in sorted(tiles, reverse=True)
     )
 
 
-def _divisor(number: int, most: int, prefer: int = 0) -> int:
-    """The largest divisor of `number` up to `most`, or `prefer` if that is one."""
-    if prefer and number % prefer == 0:
-        return prefer
+def _divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` up to `most`."""
     return max(d for d in range(1, most + 1) if number % d == 0)
 
 
@@ -155,15 +177,74 @@ def _scratch(config: KernelConfig, tile: int, lanes: int) -> int:
     return rows * channels * (8 if config.accumulation_dtype == "float64" else 4)
 
 
-def fuse(sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling) -> Schedule:
-    """Apply the fused schedule to ``sepconv1d(config, lanes)``, in place."""
-    form = _fuse_last if config.data_format == "channels_last" else _fuse_first
-    form(sch, config, lanes, tiling)
+def legal(config: KernelConfig, unit: VectorUnit, tiling: Tiling) -> bool:
+    """Whether the schedule computes whole tiles with `tiling`: no predicate, no spilled register.
+
+    The accumulators share the registers with one vector of weights (channels_last) or inputs a
+    column, and with a broadcast where the multiply-add cannot take it from memory.
+    """
+    lanes = unit.lanes(config.accumulation_dtype)
+    tile, (rows, vectors), (block, deep) = (
+        tiling.step_tile, tiling.register_tile, tiling.depthwise_block,
+    )  # fmt: skip
+    if min(tile, rows, vectors, block, deep) < 1 or tile > LONGEST_TILE:
+        return False
+    broadcast = 0 if unit.registers > 16 else 1
+    if max((rows + 1) * vectors, (block + 1) * deep) + broadcast > unit.registers:
+        return False
+    if config.data_format == "channels_last":
+        panels, groups = -(-config.filters // lanes), -(-config.channels // lanes)
+        steps = (rows, block)
+        return panels % vectors == groups % deep == 0 and all(tile % n == 0 for n in steps)
+    steps = (vectors * lanes, deep * lanes)
+    return lanes % rows == config.channels % block == 0 and all(tile % n == 0 for n in steps)
+
+
+def candidates(config: KernelConfig, unit: VectorUnit) -> tuple[Tiling, ...]:
+    """Return the design space of a library's long variant: every tiling worth measuring.
+
+    Register tiles keep two multiply-add units busy for their latency, depthwise blocks, which
+    wait for their input anyway, one. Scratch may take twice what the default allows itself: some
+    machines have 2 MiB of second-level cache. The default comes first.
+    """
+    lanes = unit.lanes(config.accumulation_dtype)
+    last = config.data_format == "channels_last"
+    counts, widths = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24), (1, 2, 3, 4)
+    pairs = tuple(itertools.product(counts, widths))
+    space = (
+        Tiling(tile, register_tile, block)
+        for tile in ((16, 24, 32, 48, 64, 96, 128, 192, 256) if last else _whole_vectors(lanes))
+        if _scratch(config, tile, lanes) <= 2 * SCRATCH_BYTES
+        for register_tile in pairs
+        if math.prod(register_tile) >= 2 * LATENCY
+        for block in pairs
+        if math.prod(block) >= LATENCY
+    )
+    default = tilings(config, unit)[0]
+    return tuple(dict.fromkeys([default, *(t for t in space if legal(config, unit, t))]))
+
+
+def _whole_vectors(lanes: int) -> tuple[int, ...]:
+    return tuple(n * lanes for n in (2, 3, 4, 6, 8, 12, 16))
+
+
+def fuse(
+    sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling, interior: bool = False
+) -> Schedule:
+    """Apply the fused schedule to ``sepconv1d(config, lanes, interior)``, in place."""
+    if config.data_format == "channels_last":
+        _fuse_last(sch, config, lanes, tiling, interior)
+    elif interior:
+        _fuse_first_interior(sch, config, lanes, tiling)
+    else:
+        _fuse_first(sch, lanes, tiling)
     return sch
 
 
-def _fuse_last(sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling) -> None:
-    pad, depthwise, pointwise, activation, output = _stages(sch)
+def _fuse_last(
+    sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling, interior: bool
+) -> None:
+    depthwise, pointwise, activation, output = _stages(sch)
     rows, vectors = tiling.register_tile
     batch, step, filter_ = sch.get_loops(output)
     tile, block, row = sch.split(step, [None, tiling.step_tile // rows, rows])
@@ -182,6 +263,9 @@ def _fuse_last(sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling) 
     sch.reorder(multiplier, channel, row, panel, lane)
     _accumulate(sch, pointwise, multiplier, [row, panel], lane)
     _depthwise_last(sch, depthwise, lanes, tiling)
+    if interior:
+        return
+    pad = sch.get_sblock("pad")
     sch.compute_at(pad, tile, preserve_unit_loops=True)
     *_, channel = sch.get_loops(pad)
     _vectorize_head(sch, channel, config.channels, lanes)
@@ -198,8 +282,8 @@ def _depthwise_last(sch: Schedule, block: SBlockRV, lanes: int, tiling: Tiling) 
     _accumulate(sch, block, tap, [row, vector], lane)
 
 
-def _fuse_first(sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling) -> None:
-    pad, depthwise, pointwise, activation, output = _stages(sch)
+def _fuse_first(sch: Schedule, lanes: int, tiling: Tiling) -> None:
+    depthwise, pointwise, activation, output = _stages(sch)
     rows, vectors = tiling.register_tile
     batch, filter_, step = sch.get_loops(output)
     width = vectors * lanes
@@ -211,9 +295,9 @@ def _fuse_first(sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling)
     sch.set_scope(pointwise, 0, "local")
     sch.compute_at(depthwise, tile, preserve_unit_loops=True)
     *_, out_row, step = sch.get_loops(activation)
-    _unroll(sch, [out_row], *_split_lanes(sch, step, lanes))
+    _unroll(sch, [out_row], *sch.split(step, [None, lanes]))
     *_, panel, row, step, multiplier, channel = sch.get_loops(pointwise)
-    vector, lane = _split_lanes(sch, step, lanes)
+    vector, lane = sch.split(step, [None, lanes])
     sch.reorder(multiplier, channel, panel, row, vector, lane)
     _accumulate(sch, pointwise, multiplier, [panel, row, vector], lane)
     channels, vectors = tiling.depthwise_block
@@ -222,15 +306,34 @@ def _fuse_first(sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling)
     blocks, vector, lane = sch.split(step, [None, vectors, lanes])
     sch.reorder(multiplier, groups, blocks, tap, row, vector, lane)
     _accumulate(sch, depthwise, tap, [row, vector], lane)
-    sch.compute_at(pad, tile, preserve_unit_loops=True)
+    sch.compute_at(sch.get_sblock("pad"), tile, preserve_unit_loops=True)
+
+
+def _fuse_first_interior(sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling) -> None:
+    depthwise, pointwise, activation, output = _stages(sch)
+    rows, vectors = tiling.register_tile
+    batch, filter_, step, lane = sch.get_loops(output)
+    tile, column, vector = sch.split(step, [None, tiling.step_tile // (vectors * lanes), vectors])
+    panel, group, row = sch.split(filter_, [None, lanes // rows, rows])
+    sch.reorder(batch, tile, panel, group, column, row, vector, lane)
+    sch.compute_inline(activation)
+    _unroll(sch, [row, vector], lane)
+    sch.compute_at(pointwise, column, preserve_unit_loops=True)
+    sch.set_scope(pointwise, 0, "local")
+    sch.compute_at(depthwise, tile, preserve_unit_loops=True)
+    *_, panel, row, vector, lane, multiplier, channel = sch.get_loops(pointwise)
+    sch.reorder(multiplier, channel, panel, row, vector, lane)
+    _accumulate(sch, pointwise, multiplier, [panel, row, vector], lane)
+    channels, vectors = tiling.depthwise_block
+    *_, multiplier, channel, step, lane, tap = sch.get_loops(depthwise)
+    groups, row = sch.split(channel, [None, channels])
+    blocks, vector = sch.split(step, [None, vectors])
+    sch.reorder(multiplier, groups, blocks, tap, row, vector, lane)
+    _accumulate(sch, depthwise, tap, [row, vector], lane)
 
 
 def _stages(sch: Schedule) -> list[SBlockRV]:
-    return [sch.get_sblock(n) for n in ("pad", "depthwise", "pointwise", "activation", "output")]
-
-
-def _split_lanes(sch: Schedule, loop: LoopRV, lanes: int) -> list[LoopRV]:
-    return sch.split(loop, [None, lanes])
+    return [sch.get_sblock(n) for n in ("depthwise", "pointwise", "activation", "output")]
 
 
 def _unroll(sch: Schedule, loops: list[LoopRV], *inner: LoopRV) -> None:

@@ -49,7 +49,7 @@ class Tiling:
     channel_tile
         Channels that pass through shared memory at a time, a power of two.
     warps
-        Warps of a block, a power of two up to 32.
+        Warps of a block, a power of two up to 32 and at least ``step_tile`` / `LANES`.
     stage_input
         Whether the input rows go through shared memory, or every tap reads them where they are.
 
@@ -72,7 +72,8 @@ class Tiling:
             ("filter_tile", self.filter_tile > 0 and self.filter_tile % LANES == 0,
              f"a multiple of {LANES}"),
             ("channel_tile", _is_power(self.channel_tile), "a power of two"),
-            ("warps", self.warps <= 32 and _is_power(self.warps), "a power of two up to 32"),
+            ("warps", self.step_tile / LANES <= self.warps <= 32 and _is_power(self.warps),
+             f"a power of two up to 32 and at least `step_tile` / {LANES}"),
         ):  # fmt: skip
             if not ok:
                 raise ValueError(
@@ -105,19 +106,23 @@ def _is_power(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
 
 
+def _channels(config: KernelConfig) -> int:
+    """The extent of the channels before the pointwise stage."""
+    last = config.data_format == "channels_last"
+    return padded(config.channels, LANES) if last else config.channels
+
+
 def shared_bytes(config: KernelConfig, tiling: Tiling) -> int:
     """Return the shared memory a block takes at most, in bytes."""
-    stride, halo, channels = config.strides, config.effective_kernel - 1, config.channels
+    stride, halo = config.strides, config.effective_kernel - 1
     if config.data_format == "channels_last":
-        channels = padded(channels, LANES)
         rows = (tiling.step_tile - 1) * stride + halo + 1
     else:  # split by phase of the stride, every phase as long as the longest
         rows = min(stride, halo + 1) * (tiling.step_tile + halo // stride)
-    channels = min(tiling.channel_tile, channels)
-    staged = rows * channels
-    if channels == 1:  # nothing stops TVM from giving the last round work for every thread
-        staged = padded(rows, tiling.warps * LANES)
-    return 4 * (staged * tiling.stage_input + tiling.step_tile * channels)
+    channels = min(tiling.channel_tile, _channels(config))
+    # Where nothing stops it TVM gives every thread work in the last round.
+    staged = padded(rows * channels, tiling.warps * LANES) * tiling.stage_input
+    return 4 * (staged + tiling.step_tile * channels)
 
 
 def default_tiling(config: KernelConfig) -> Tiling:
@@ -134,17 +139,31 @@ def default_tiling(config: KernelConfig) -> Tiling:
     """
     panels = -(-config.filters // LANES)
     width = next(n for n in (4, 3, 2, 1) if panels % n == 0) * LANES
-    staged = (
-        Tiling(steps, width, channels, warps=8, stage_input=True)
-        for steps in (64, 32)
-        for channels in (32, 16, 8)
-    )
-    unstaged = Tiling(64, width, 32, warps=8, stage_input=False)
-    return next((t for t in staged if shared_bytes(config, t) <= SHARED_BYTES), unstaged)
+    most = 1 << (_channels(config).bit_length() - 1)  # a power of two, and no more than there are
+    sizes = [(steps, min(most, channels)) for steps in (64, 32) for channels in (32, 16, 8)]
+    tilings = [
+        Tiling(steps, width, channels, warps=min(8, steps * channels // LANES), stage_input=stage)
+        for stage in (True, False)
+        for steps, channels in sizes
+    ]
+    return next(t for t in tilings if shared_bytes(config, t) <= SHARED_BYTES)
 
 
 def fuse(sch: Schedule, config: KernelConfig, tiling: Tiling) -> Schedule:
-    """Apply the fused schedule to ``sepconv1d(config, LANES)``, in place."""
+    """Apply the fused schedule to ``sepconv1d(config, LANES)``, in place.
+
+    Raises
+    ------
+    ValueError
+        If the depthwise tile of a chunk does not give every thread the same number of elements.
+    """
+    tile = tiling.step_tile * min(tiling.channel_tile, _channels(config))
+    # Not only for speed: where a warp has none of them, TVM 0.27 leaves out a barrier.
+    if tile % (tiling.warps * LANES):
+        raise ValueError(
+            f"{tiling.warps * LANES} threads cannot share the {tile} depthwise results of a chunk "
+            f"evenly; lower `warps`. Received: {tiling} for {_channels(config)} channels"
+        )
     pad, depthwise, pointwise, activation, output = (
         sch.get_sblock(n) for n in ("pad", "depthwise", "pointwise", "activation", "output")
     )

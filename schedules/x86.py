@@ -1,20 +1,23 @@
 """x86: instruction sets and default tilings, argued from registers and caches.
 
-Accumulators of the pointwise stage live in registers: rows x vectors of them, beside one vector of
-weights per column and the broadcast of one element per row, which AVX-512 folds into the multiply-add.
+Accumulators of the pointwise stage live in registers: rows x vectors of them, beside one
+vector of weights per column and the broadcast of one element per row, which AVX-512 folds into the
+multiply-add.
 
 ======== ========= ===== ===========================================================
 ISA      registers lanes register tile (rows x vectors)
 ======== ========= ===== ===========================================================
 SSE4.2   16        4     6 x 2: 12 accumulators, 2 weights, 2 for multiply, then add
 AVX2     16        8     6 x 2: 12 accumulators, 2 weights, 1 broadcast
-AVX-512  32        16    8 x 2, 8 x 3 or 16 x 1: the vectors must divide the filters
+AVX-512  32        16    4 x 4, 8 x 3, 8 x 2 or 16 x 1: whichever divides the filters
 ======== ========= ===== ===========================================================
 """
 
 from __future__ import annotations
 
+from tvm_sepconv.compiler.schedules import cpu
 from tvm_sepconv.compiler.schedules.cpu import Tiling, VectorUnit, tilings
+
 from tvm_sepconv.config import KernelConfig
 
 UNITS = {
@@ -26,4 +29,11 @@ UNITS = {
 
 def default_tilings(config: KernelConfig, isa: str) -> tuple[Tiling, ...]:
     """Return the variants of a library, longest tile first."""
-    return tilings(config, UNITS[isa])
+    variants: tuple[Tiling, ...] = tilings(config, UNITS[isa])
+    return variants
+
+
+def candidates(config: KernelConfig, isa: str) -> tuple[Tiling, ...]:
+    """Return the design space of a library's long variant, the default first."""
+    space: tuple[Tiling, ...] = cpu.candidates(config, UNITS[isa])
+    return space

@@ -98,7 +98,7 @@ def open_bundle(path: str | Path, target: str | None = None) -> tuple[Bundle, st
         For a folder that is no bundle, a missing, truncated or altered file, a newer format, a
         runtime of another ABI, and for libraries this machine cannot run.
     """
-    path = Path(path)
+    path = Path(path).absolute()  # libraries are opened again after `set_weights`, from wherever
     manifest = _read_manifest(path)
     bundle = Bundle(path, manifest)
     chosen = _choose(bundle, target)
@@ -127,18 +127,31 @@ def tensor_bytes(tensors: dict[str, Array]) -> bytes:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except FileNotFoundError as error:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        found = (
+            "has no " + MANIFEST
+            if path.is_dir()
+            else "is a file"
+            if path.exists()
+            else "is not there"
+        )
         raise BundleError(
-            f"{path} is not a bundle: it has no {MANIFEST}. Expected a folder that "
-            "`layer.save(path)` wrote"
+            f"{path} is not a bundle: it {found}. Expected a folder that `layer.save(path)` wrote"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise BundleError(
+            f"{path / MANIFEST} cannot be read ({error}). Check its permissions"
+        ) from error
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # no UTF-8, no JSON, numbers or nesting beyond reason
         raise BundleError(
             f"{path / MANIFEST} is damaged ({error}). Copy the bundle again or save it anew"
         ) from error
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    if not isinstance(version, int):
+    if not isinstance(version, int) or isinstance(version, bool):
         raise BundleError(f"{path / MANIFEST} is no bundle's manifest: it has no `format_version`")
     if version > FORMAT_VERSION:
         raise BundleError(
@@ -152,6 +165,15 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"has {expected}. Copy the bundle again or save it anew"
         )
     return dict(manifest)
+
+
+def is_bundle(path: Path) -> bool:
+    """Whether `path` is a folder that was written as a bundle, of whatever version and state."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and {"format_version", "digest"} <= set(manifest)
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -198,6 +220,6 @@ def _verify(root: Path, name: str, expected: str) -> None:
         raise BundleError(f"{root} is incomplete: {name} cannot be read ({error})") from error
     if found != expected:
         raise BundleError(
-            f"{root / name} is truncated or altered: its sha256 is {found[:16]}…, the manifest says "
-            f"{expected[:16]}…. Copy the bundle again or save it anew"
+            f"{root / name} is truncated or altered: its sha256 is {found[:16]}…, the manifest "
+            f"says {expected[:16]}…. Copy the bundle again or save it anew"
         )

@@ -57,8 +57,8 @@ def _value(value: Any) -> Any:
 
 def snake_case(name: str) -> str:
     """Return `name` in Keras's lower case: GlorotUniform -> glorot_uniform, L1L2 -> l1l2."""
-    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
-    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
+    # A word starts at a capital behind a small letter, or at one before a small letter.
+    return re.sub("(?<=[a-z])(?=[A-Z])|(?<=.)(?=[A-Z][a-z])", "_", name).lower()
 
 
 def table(

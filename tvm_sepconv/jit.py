@@ -7,6 +7,7 @@ another name and renamed when it is complete, so that concurrent processes never
 
 from __future__ import annotations
 
+import atexit
 import functools
 import hashlib
 import importlib
@@ -17,6 +18,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import warnings
 from importlib.resources import files
 from pathlib import Path
@@ -27,11 +29,12 @@ from tvm_sepconv.config import KernelConfig
 
 LIBRARY = "layer.so"
 HASHES = "sha256.json"
+_building = threading.Lock()  # threads that need the same library compile it once
 log = logging.getLogger("tvm_sepconv")
 
 
 def library(config: KernelConfig, target: str | None = None) -> tuple[Path, Path]:
-    """Return the layer's library and the runtime library for this machine, compiling them if needed.
+    """Return the layer's and the runtime's library for this machine, compiling them if needed.
 
     Parameters
     ----------
@@ -50,9 +53,10 @@ def library(config: KernelConfig, target: str | None = None) -> tuple[Path, Path
     key = _key(config, name)
     root = _cache_root()
     entry = root / key
-    if not _intact(entry):
-        log.warning("compiling %s for %s, once", config.key, name)
-        _build(config, name, entry)
+    with _building:
+        if not _intact(entry):
+            log.warning("compiling %s for %s, once", config.key, name)
+            _build(config, name, entry)
     return entry / LIBRARY, entry / bundle.RUNTIME
 
 
@@ -91,13 +95,14 @@ def _host_target(target: str | None) -> str:
 
 
 def _key(config: KernelConfig, target: str) -> str:
+    match = compiler("tvm_sepconv.compiler.logs").lookup(config, target)  # which needs no TVM
     parts = {
         "config": config.to_dict(),
         "target": target,
         "tvm": importlib.metadata.version("apache-tvm"),
         "tvm_ffi": importlib.metadata.version("apache-tvm-ffi"),
         "sources": _sources_digest(),
-        "logs": [p.stat().st_mtime_ns for p in _log_files()],
+        "record": match and [match.record.to_dict(), match.distance],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -117,49 +122,54 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-def _log_files() -> list[Path]:
-    return []
-
-
 @functools.cache
 def _cache_root() -> Path:
     """The cache, created for this user alone; one of this process's own if that cannot be had."""
     chosen = os.environ.get("TVM_SEPCONV_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(chosen) if chosen else base / "tvm_sepconv"
     try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        root = (Path(chosen) if chosen else base / "tvm_sepconv").absolute()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = root.stat()
         if status.st_uid != os.geteuid() or status.st_mode & 0o022:
             raise PermissionError(f"{root} belongs to, or can be written by, another user")
         with tempfile.TemporaryFile(dir=root):
             pass
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
         warnings.warn(
             f"The cache folder cannot be used ({error}); layers are compiled anew in every "
             "process. Set TVM_SEPCONV_CACHE to a folder of your own.",
             stacklevel=2,
         )
-        return Path(_process_folder().name)
+        return _process_folder()
     return root
 
 
 @functools.cache
-def _process_folder() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="tvm_sepconv-")  # removed when the process ends
+def _process_folder() -> Path:
+    folder = tempfile.mkdtemp(prefix="tvm_sepconv-")
+    atexit.register(_remove, folder, os.getpid())
+    return Path(folder)
+
+
+def _remove(folder: str, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child that ends must not take it from its parent
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _intact(entry: Path) -> bool:
     try:
         hashes = json.loads((entry / HASHES).read_text())
-        return all(bundle.sha256(entry / name) == value for name, value in hashes.items())
-    except (OSError, ValueError, AttributeError):
+        files = {name: bundle.sha256(entry / name) for name in (LIBRARY, bundle.RUNTIME)}
+    except (OSError, ValueError, RecursionError):
         return False
+    return bool(hashes == files)
 
 
 def _build(config: KernelConfig, target: str, entry: Path) -> None:
     build = compiler("tvm_sepconv.compiler.build")
     chosen = compiler("tvm_sepconv.compiler.targets").cpu(target)
+    entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have tidied up
     with tempfile.TemporaryDirectory(dir=entry.parent, prefix="new-") as folder:
         work = Path(folder, "entry")
         work.mkdir()
@@ -167,11 +177,12 @@ def _build(config: KernelConfig, target: str, entry: Path) -> None:
         build.build_runtime(chosen, work / bundle.RUNTIME)
         hashes = {name: bundle.sha256(work / name) for name in (LIBRARY, bundle.RUNTIME)}
         (work / HASHES).write_text(json.dumps(hashes))
-        if entry.exists():  # damaged: out of the way, but not from under a process that uses it
-            entry.rename(Path(folder, "damaged"))
+        if _intact(entry):  # another process was first; it may be about to open its files
+            return
         try:
+            if entry.exists():  # damaged: moved aside, not from under a process that uses it
+                entry.rename(Path(folder, "damaged"))
             work.rename(entry)
-        except OSError:  # another process was first; its entry is as good
+        except OSError:  # … or was first just now
             if not _intact(entry):
                 raise
-        shutil.rmtree(Path(folder, "damaged"), ignore_errors=True)

@@ -20,6 +20,10 @@ from tvm_sepconv.variable import Variable
 Array = npt.NDArray[Any]
 Shape = tuple[int | None, ...]
 
+_WEIGHTS = ("depthwise_kernel", "pointwise_kernel", "bias")
+# Exact up to this effort, "yes" beyond: views may be interleaved without sharing an element.
+_OVERLAP_WORK: Any = 10_000
+
 
 class SeparableConv1D:
     """Depthwise convolution along the steps, then a pointwise one that mixes the channels.
@@ -28,9 +32,9 @@ class SeparableConv1D:
     defaults and their checks are those of ``keras.layers.SeparableConv1D`` in Keras 3.15; see
     `SepConvConfig.parse` for the two extensions, ``padding=(left, right)`` and ``seed``.
 
-    A call takes ``(batch, steps, channels)``, or ``(batch, channels, steps)`` for channels_first, of
-    any floating-point dtype, as a NumPy array, a nested list or a DLPack tensor on the CPU, and
-    returns the same kind in the layer's compute dtype. It may be called from several threads.
+    A call takes ``(batch, steps, channels)``, or ``(batch, channels, steps)`` for channels_first,
+    of any floating-point dtype, as a NumPy array or a DLPack tensor on the CPU, and returns the
+    same kind in the layer's compute dtype; a nested list gives an array. Threads may share a layer.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,19 +82,20 @@ class SeparableConv1D:
             config.check_input_shape(input_shape)
             channels = input_shape[config.channel_axis]
             assert channels is not None  # check_input_shape refuses it
-            initial = {
-                "depthwise_kernel": (config.depthwise_initializer, config.depthwise_shape(channels)),
-                "pointwise_kernel": (config.pointwise_initializer, config.pointwise_shape(channels)),
-            }
-            if config.use_bias:
-                initial["bias"] = (config.bias_initializer, config.bias_shape)
-            for name, (initializer, shape) in initial.items():
+            initial = [
+                (config.depthwise_initializer, config.depthwise_shape(channels)),
+                (config.pointwise_initializer, config.pointwise_shape(channels)),
+                (config.bias_initializer, config.bias_shape),
+            ]
+            names = _WEIGHTS[: 2 + config.use_bias]
+            for name, (initializer, shape) in zip(names, initial, strict=False):
                 value = np.asarray(initializer(shape, dtype=config.variable_dtype))
                 setattr(self, name, Variable(name, value, self._weights_changed))
             self._channels = channels
 
     def _weights_changed(self) -> None:
-        self._compiled = None
+        with self._lock:  # after a thread that is packing the old ones
+            self._compiled = None
 
     @property
     def weights(self) -> list[Variable]:
@@ -114,6 +119,8 @@ class SeparableConv1D:
         ------
         ValueError
             If the layer is not built, or the number or a shape differs.
+        TypeError
+            If one is not numeric.
         """
         self._need_built("set_weights")
         if len(weights) != len(self.weights):
@@ -123,10 +130,11 @@ class SeparableConv1D:
             )
         arrays = [np.asarray(w) for w in weights]
         for variable, array in zip(self.weights, arrays, strict=True):
+            variable.check_dtype(array)
             if variable.shape != array.shape:
                 raise ValueError(
-                    f"Layer {self.name} weight `{variable.name}` has shape {variable.shape}, which is "
-                    f"not compatible with provided weight shape {array.shape}."
+                    f"Layer {self.name} weight `{variable.name}` has shape {variable.shape}, which "
+                    f"is not compatible with provided weight shape {array.shape}."
                 )
         with self._lock:
             for variable, array in zip(self.weights, arrays, strict=True):
@@ -146,19 +154,20 @@ class SeparableConv1D:
 
     @property
     def losses(self) -> list[Any]:
-        """The regularizers' penalties of the weights, then that of the last call's output."""
-        penalties = [
-            getattr(self.config, f"{v.name.removesuffix('_kernel')}_regularizer") for v in self.weights
-        ]
-        result = [r(v.numpy()) for r, v in zip(penalties, self.weights, strict=True) if r is not None]
-        return result + ([] if self._activity_loss is None else [self._activity_loss])
+        """The penalty of the last call's output, then those of trainable weights."""
+        losses = [] if self._activity_loss is None else [self._activity_loss]
+        for variable in self.trainable_weights:
+            regularizer = getattr(
+                self.config, f"{variable.name.removesuffix('_kernel')}_regularizer"
+            )
+            if regularizer is not None:
+                losses.append(regularizer(variable.numpy()))
+        return losses
 
     def apply_constraints(self) -> None:
         """Project each weight on its constraint, as an optimizer does after a step."""
         for variable in self.weights:
-            constraint = getattr(
-                self.config, f"{variable.name.removesuffix('_kernel')}_constraint"
-            )
+            constraint = getattr(self.config, f"{variable.name.removesuffix('_kernel')}_constraint")
             if constraint is not None:
                 variable.assign(constraint(variable.numpy()))
 
@@ -197,9 +206,11 @@ class SeparableConv1D:
             If the compiler is not installed, naming the extra, or there is no linker.
         """
         self._need_built("compile")
+        options = options or BuildOptions()
         with self._lock:
-            self._options = options or BuildOptions()
-            self._library = self._compiled = None
+            assert self._channels is not None
+            library = jit.library(self.config.kernel_config(self._channels), options.target)
+            self._options, self._library, self._compiled = options, library, None
             self._ready()
 
     def _ready(self) -> CompiledLayer:
@@ -209,10 +220,11 @@ class SeparableConv1D:
                 kernel = self.config.kernel_config(self._channels)
                 if self._library is None:
                     self._library = jit.library(kernel, self._options.target)
-                weights = [np.asarray(v).astype(self.dtype) for v in self.weights]
-                bias = weights[2] if self.config.use_bias else None
+                depthwise, pointwise, *bias = (v.numpy().astype(self.dtype) for v in self.weights)
                 self._native_dtype = np.dtype(self.dtype)
-                self._compiled = CompiledLayer(*self._library, self.config, *weights[:2], bias)
+                self._compiled = CompiledLayer(
+                    *self._library, self.config, depthwise, pointwise, bias[0] if bias else None
+                )
             return self._compiled
 
     def save(self, path: str | Path, targets: Sequence[str] | None = None) -> None:
@@ -242,10 +254,11 @@ class SeparableConv1D:
             If the layer has to be compiled and cannot be.
         """
         compiled = self._compiled
-        if compiled is None or type(inputs) is not np.ndarray or inputs.ndim != 3:
+        arrays = type(inputs) is np.ndarray and (out is None or type(out) is np.ndarray)
+        if compiled is None or not arrays or inputs.ndim != 3:
             return self._call_any(inputs, out)
-        # The short way, for what needs no conversion: the runtime checks both tensors and runs. All that
-        # it does not take, wrong or merely unusual, goes the long way, which explains or converts.
+        # The short way, for what needs no conversion: the runtime checks both tensors and runs. All
+        # that it does not take, wrong or merely unusual, goes the long way: explained or converted.
         shape = inputs.shape
         if shape != self._last_shapes[0]:
             self._last_shapes = shape, self._kernel_output_shape(shape)
@@ -280,15 +293,15 @@ class SeparableConv1D:
         compiled = self._ready()
         dtype = np.dtype(self.dtype)
         x = tensors.with_rows(x, dtype)
-        direct = target is not None and self._afterwards is None
-        direct = direct and tensors.with_rows(target, dtype) is target
-        y = target if direct and target is not None else np.empty(shape, dtype)
+        y = None if target is None or self._afterwards is not None else target
+        if y is None or tensors.with_rows(y, dtype) is not y:
+            y = np.empty(shape, dtype)
         if y.size:
             compiled.run(x, y, 1 if config.channel_axis == -1 else 2)
         if self._afterwards is not None:
             y = np.asarray(self._afterwards(y)).astype(dtype, copy=False)
-        if config.activity_regularizer is not None and len(y):
-            self._activity_loss = config.activity_regularizer(y) / len(y)
+        if config.activity_regularizer is not None:
+            self._activity_loss = config.activity_regularizer(y) / max(len(y), 1)
         if target is None:
             return back(y)
         if y is not target:
@@ -307,9 +320,11 @@ class SeparableConv1D:
                 f"The `out` argument must have the output's shape {shape}. "
                 f"Received: out.shape={array.shape}"
             )
-        if not array.flags.writeable:
-            raise ValueError("The `out` argument must be writable. Received: a read-only array")
-        if np.may_share_memory(array, x):
+        if not array.flags.writeable or tensors.is_immutable(out):
+            raise ValueError(
+                f"The `out` argument must be writable. Received: a read-only {type(out).__name__}"
+            )
+        if np.may_share_memory(array, x, max_work=_OVERLAP_WORK):
             raise ValueError(
                 "The `out` argument must not overlap the inputs in memory: outputs are written "
                 "while inputs are still read. Pass an array of its own"
@@ -324,18 +339,22 @@ class SeparableConv1D:
             "channels": self._channels,
             "weights": self.get_weights(),
             "library": self._library,
+            "options": self._options,
+            "trainable": self.trainable,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._set_up(state["config"])
+        self._options, self.trainable = state["options"], state["trainable"]
         if state["channels"] is not None:
             self._restore(state["channels"], state["weights"])
+        # Unpickled elsewhere or later, the files may be gone: then it is compiled again.
+        if state["library"] is not None and all(path.is_file() for path in state["library"]):
             self._library = state["library"]
 
     def _restore(self, channels: int, weights: Sequence[Array]) -> None:
         """Become built with these weights, without drawing initial ones."""
-        names = ("depthwise_kernel", "pointwise_kernel", "bias")
-        for name, value in zip(names, weights, strict=False):
+        for name, value in zip(_WEIGHTS, weights, strict=False):
             setattr(self, name, Variable(name, value, self._weights_changed))
         self._channels = channels
 
@@ -394,8 +413,8 @@ def load(path: str | Path, target: str | None = None) -> Any:
     layers = {}
     for name, config in bundle.layers.items():
         layer = SeparableConv1D._of(config)
-        values = [weights[name][k] for k in ("depthwise_kernel", "pointwise_kernel")]
-        layer._restore(values[0].shape[1], [*values, *([weights[name]["bias"]] * config.use_bias)])
+        values = [weights[name][k] for k in _WEIGHTS[: 2 + config.use_bias]]
+        layer._restore(values[0].shape[1], values)
         layer._library = libraries[name], runtime
         layer._ready()
         layers[name] = layer

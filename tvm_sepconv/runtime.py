@@ -7,6 +7,7 @@ first wins, whichever bundle or cache entry it came from, and every later one mu
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,9 @@ import numpy.typing as npt
 from tvm_sepconv.config import SepConvConfig
 
 ABI = 1  # TVM_SEPCONV_ABI of native/tvm_sepconv.h; a test compares them
-ERROR_OVERLAP = 6
+ERROR_MEMORY, ERROR_ARGUMENT, ERROR_OVERLAP = 3, 4, 6
+_ERRORS: dict[int, type[Exception]] = {ERROR_MEMORY: MemoryError, ERROR_ARGUMENT: ValueError}
+_MOST_THREADS = 2**31 - 1  # an int of C; the runtime knows its own limit
 _PADDINGS = {"valid": 0, "same": 1}
 
 _lock = threading.Lock()
@@ -65,7 +68,8 @@ class _Runtime:
     def check(self, status: int) -> None:
         """Raise what a status of the C API means."""
         if status:
-            raise RuntimeError(self.c.tvm_sepconv_last_error().decode())
+            text = self.c.tvm_sepconv_last_error().decode(errors="replace")
+            raise _ERRORS.get(status, RuntimeError)(text)
 
 
 def start(path: Path) -> _Runtime:
@@ -75,7 +79,7 @@ def start(path: Path) -> _Runtime:
         if _loaded is None:
             _loaded = _Runtime(path.resolve())
             if _threads is not None:
-                _loaded.c.tvm_sepconv_set_num_threads(_threads)
+                _loaded.c.tvm_sepconv_set_num_threads(min(_threads, _MOST_THREADS))
         return _loaded
 
 
@@ -94,14 +98,18 @@ def set_num_threads(threads: int | None) -> None:
         If `threads` is not a positive integer.
     """
     global _threads
+    if isinstance(threads, np.integer):
+        threads = int(threads)
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
-        raise ValueError(f"The `threads` argument must be an integer. Received: threads={threads!r}")
+        raise ValueError(
+            f"The `threads` argument must be an integer. Received: threads={threads!r}"
+        )
     if threads is not None and threads < 1:
         raise ValueError(f"The `threads` argument must be at least 1. Received: threads={threads}")
     with _lock:
         _threads = threads
         if _loaded is not None:
-            _loaded.c.tvm_sepconv_set_num_threads(threads or 0)
+            _loaded.c.tvm_sepconv_set_num_threads(min(threads or 0, _MOST_THREADS))
 
 
 def num_threads() -> int | None:
@@ -138,7 +146,7 @@ class CompiledLayer:
         ]
         handle = ctypes.c_void_p()
         status = self.runtime.c.tvm_sepconv_layer_create(
-            str(library).encode(),
+            os.fsencode(library),
             *(None if a is None else a.ctypes.data for a in arrays),
             padding, left, right, ctypes.byref(handle),
         )  # fmt: skip

@@ -14,8 +14,21 @@ from pathlib import Path
 # Armv8.2 with half precision, Armv7 with NEON and VFPv4. Worst to best within a machine.
 FEATURES: dict[str, tuple[str, ...]] = {
     "x86_64-sse42": ("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"),
-    "x86_64-avx2": ("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"),
-    "x86_64-avx512": ("avx2", "fma", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+    "x86_64-avx2": ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"),
+    "x86_64-avx512": (
+        "abm",
+        "avx2",
+        "avx512bw",
+        "avx512cd",
+        "avx512dq",
+        "avx512f",
+        "avx512vl",
+        "bmi1",
+        "bmi2",
+        "f16c",
+        "fma",
+        "movbe",
+    ),
     "armv7-neon": ("neon", "vfpv4"),
     "aarch64-neon": ("asimd", "fp"),
     "aarch64-fp16": ("asimd", "asimdhp", "fp", "fphp"),
@@ -61,6 +74,8 @@ def missing_features(isa: str) -> tuple[str, ...]:
     arch = isa.split("-")[0]
     if arch != machine():
         return (f"the {arch} architecture (this machine is {machine()})",)
+    if isa not in FEATURES:
+        return ("a newer tvm_sepconv, to which it is no unknown instruction set",)
     return tuple(flag for flag in FEATURES[isa] if flag not in cpu_features())
 
 
@@ -83,9 +98,9 @@ def resolve(name: str) -> str:
     ):  # fmt: skip
         return name
     raise ValueError(
-        f"The `target` argument must be one of {sorted(FEATURES)}, for ARM with @{'|'.join(CORES)}, "
-        f"cuda, {', '.join('cuda-' + a for a in CUDA_ARCHS)}, or the short names x86 and arm. "
-        f"Received: target={name}"
+        f"The `target` argument must be one of {sorted(FEATURES)}, for ARM with "
+        f"@{'|'.join(CORES)}, cuda, {', '.join('cuda-' + a for a in CUDA_ARCHS)}, or the "
+        f"short names x86 and arm. Received: target={name}"
     )
 
 

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 _CPU_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
+_WIDEST_ROW = 2**16  # elements from row to row: kernels index a tile of rows with 32 bits
 
 
 def to_numpy(value: Any, name: str = "inputs") -> tuple[Array, Callable[[Array], Any]]:
@@ -51,7 +52,13 @@ def _from_dlpack(value: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
     back = _back(value)
     if getattr(value, "requires_grad", False):
         value = value.detach()  # inference: torch exports no tensor that still records gradients
-    return np.from_dlpack(value), back
+    try:
+        return np.from_dlpack(value), back
+    except (BufferError, RuntimeError, TypeError):
+        # NumPy's DLPack has no bfloat16; JAX hands one out as an array of ml_dtypes all the same.
+        if not hasattr(value, "__array__"):
+            raise
+        return np.asarray(value), back
 
 
 def _back(value: Any) -> Callable[[Array], Any]:
@@ -60,10 +67,15 @@ def _back(value: Any) -> Callable[[Array], Any]:
         return value.__array_namespace__().from_dlpack  # type: ignore[no-any-return]
     root = sys.modules[type(value).__module__.partition(".")[0]]
     if root.__name__ == "tensorflow":
-        return root.experimental.dlpack.from_dlpack  # type: ignore[attr-defined, no-any-return]
+        return root.experimental.dlpack.from_dlpack  # type: ignore[no-any-return]
     if hasattr(root, "from_dlpack"):
         return root.from_dlpack  # type: ignore[no-any-return]
     return lambda y: y
+
+
+def is_immutable(value: Any) -> bool:
+    """Whether `value` is of a framework whose tensors never change, whatever DLPack says."""
+    return type(value).__module__.partition(".")[0] in ("jax", "jaxlib", "tensorflow")
 
 
 def check_float(array: Array, name: str, dtype: str) -> None:
@@ -93,6 +105,7 @@ def with_rows(array: Array, dtype: np.dtype[Any]) -> Array:
         and array.flags.aligned
         and (array.strides[2] == size or array.shape[2] <= 1)
         and all(stride >= 0 and stride % size == 0 for stride in array.strides[:2])
+        and array.strides[1] <= max(_WIDEST_ROW, array.shape[2]) * size
     )
     if fits:
         return array

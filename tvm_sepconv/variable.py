@@ -25,11 +25,11 @@ class Variable:
     @property
     def dtype(self) -> str:
         """The dtype's name, such as "float32"."""
-        return self._value.dtype.name
+        return str(self._value.dtype.name)
 
     def numpy(self) -> npt.NDArray[Any]:
         """Return a copy of the value."""
-        return self._value.copy()
+        return np.array(self._value)
 
     def assign(self, value: npt.ArrayLike) -> Variable:
         """Replace the value; the next call of the layer uses it.
@@ -38,17 +38,28 @@ class Variable:
         ------
         ValueError
             If the shape differs.
+        TypeError
+            If `value` is not made of real numbers.
         """
         array = np.asarray(value)
+        self.check_dtype(array)
         if array.shape != self.shape:
             raise ValueError(
                 "The shape of the target variable and the shape of the target value in "
                 f"`variable.assign(value)` must match. variable.shape={self.shape}, "
                 f"Received: value.shape={array.shape}. Target variable: {self}"
             )
-        self._value = array.astype(self._value.dtype)  # a new array: calls that run keep the old one
+        self._value = array.astype(self._value.dtype)  # a new one: calls that run keep the old
         self._changed()
         return self
+
+    def check_dtype(self, array: npt.NDArray[Any]) -> None:
+        """Refuse what has no value in the variable's dtype: complex numbers, strings, objects."""
+        if array.dtype.kind not in "fiub" and array.dtype.name != "bfloat16":
+            raise TypeError(
+                f"The value of `{self.name}` must have a floating-point or integer dtype. "
+                f"Received: value.dtype={array.dtype}"
+            )
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Any:
         if copy is False:

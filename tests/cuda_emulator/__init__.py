@@ -10,13 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
-ORDERS = range(4)
-"""Orders of a block's threads: forward, backward, two shuffles; correct kernels do not notice."""
+ORDERS = range(3)
+"""Orders of a block's threads: forward, backward, shuffled; correct kernels do not notice."""
 
 _SCALARS = {"int": ctypes.c_int32, "int64_t": ctypes.c_int64}
-_COMPILE = (
-    "g++ -std=c++17 -O2 -fPIC -fvisibility=hidden -fno-strict-aliasing -fsanitize=bounds -Wno-attributes"
-)
+_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing"]
+_FLAGS += ["-Wno-attributes", "-fsanitize=bounds"]
 
 
 class EmulationError(Exception):
@@ -41,8 +40,10 @@ class Kernel:
             f"  return emulator::launch({name}, arguments, {{grid[0], grid[1], grid[2]}}, "
             "{block[0], block[1], block[2]}, order);\n}\n"
         )
-        flags = [*_COMPILE.split(), f"-I{Path(__file__).parent}"]
-        version = subprocess.run(["g++", "-dumpversion"], capture_output=True, text=True, check=True)
+        flags = ["g++", *_FLAGS, f"-I{Path(__file__).parent}"]
+        version = subprocess.run(
+            ["g++", "-dumpversion"], capture_output=True, text=True, check=True
+        )
         if int(version.stdout.split(".")[0]) >= 12:  # no variable happens to be zero
             flags.append("-ftrivial-auto-var-init=pattern")
         # Linked apart, without the sanitizer's library: the emulator has the one function it needs.
@@ -62,13 +63,15 @@ class Kernel:
         arguments: Mapping[str, np.ndarray | int],
         order: int = 0,
     ) -> None:
-        """Run the kernel on arguments by name, writing to the arrays; names it lacks are ignored and `order` is one of `ORDERS`."""
+        """Run the kernel on arguments by name, which it writes to; `order` is one of `ORDERS`."""
         assert set(arguments) >= set(self.parameters), self.parameters
         values = [
             ctypes.c_void_p(arguments[name].ctypes.data) if kind is None else kind(arguments[name])
             for name, kind in self.parameters.items()
         ]
         addresses = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-        report = self._launch(addresses, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), order)
+        report = self._launch(
+            addresses, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*block), order
+        )
         if report:
             raise EmulationError(report.decode())

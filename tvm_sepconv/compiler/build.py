@@ -12,9 +12,9 @@ import tvm
 import tvm_ffi.libinfo
 from tvm.s_tir import Schedule
 
-from tvm_sepconv.compiler import compute
+from tvm_sepconv.compiler import compute, logs
 from tvm_sepconv.compiler.link import toolchain
-from tvm_sepconv.compiler.schedules.cpu import Tiling, cost, fuse
+from tvm_sepconv.compiler.schedules.cpu import Tiling, cost, fuse, reads_in_place
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.config import KernelConfig
 
@@ -27,25 +27,32 @@ _FORMATS = {"float16": (16, 0), "bfloat16": (16, 1), "float32": (32, 0), "float6
 class Variant:
     """One kernel of a library, and where its tiling is from.
 
-    ``origin`` is "default", "tuned", or "transferred" from the record of another shape, whose
-    median seconds are ``record_secs``.
+    ``origin`` is "default", "tuned", or "transferred" from the record of a shape at ``distance``;
+    ``record_secs`` is that record's time.
     """
 
     tiling: Tiling
     origin: str = "default"
     record_secs: float | None = None
+    distance: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for the manifest."""
-        decisions = self.tiling.to_dict()
-        return {"decisions": decisions, "origin": self.origin, "record_secs": self.record_secs}
+        return {
+            "decisions": self.tiling.to_dict(),
+            "origin": self.origin,
+            "record_secs": self.record_secs,
+            "distance": self.distance,
+        }
 
 
-def scheduled(config: KernelConfig, target: CpuTarget, tiling: Tiling) -> tvm.tirx.PrimFunc:
+def scheduled(
+    config: KernelConfig, target: CpuTarget, tiling: Tiling, interior: bool = False
+) -> tvm.tirx.PrimFunc:
     """The layer's compute under the target's schedule with the decisions of `tiling`."""
     lanes = target.lanes(config.accumulation_dtype)
-    sch = Schedule(compute.sepconv1d(config, lanes))
-    return fuse(sch, config, lanes, tiling).mod["main"]
+    sch = Schedule(compute.sepconv1d(config, lanes, interior))
+    return fuse(sch, config, lanes, tiling, interior).mod["main"]
 
 
 def compile_kernels(functions: dict[str, tvm.tirx.PrimFunc], target: CpuTarget) -> tvm.runtime.Module:
@@ -62,8 +69,20 @@ def compile_kernels(functions: dict[str, tvm.tirx.PrimFunc], target: CpuTarget) 
 
 
 def variants(config: KernelConfig, target: CpuTarget) -> tuple[Variant, ...]:
-    """Choose a library's kernels: the target's default tilings."""
-    return tuple(Variant(t) for t in target.family.default_tilings(config, target.isa))
+    """Choose a library's kernels: the long one by the record that applies, the rest by default."""
+    match = logs.lookup(config, target.name)
+    if match is None:
+        return tuple(Variant(t) for t in target.family.default_tilings(config, target.isa))
+    record = match.record
+    long = Variant(match.tiling, match.origin, record.median_secs, match.distance or None)
+    return with_long(config, target, long)
+
+
+def with_long(config: KernelConfig, target: CpuTarget, long: Variant) -> tuple[Variant, ...]:
+    """Put `long` in the place of the default's longest variant, before all that are shorter."""
+    shorter = target.family.default_tilings(config, target.isa)[1:]
+    tile = long.tiling.step_tile
+    return (long, *(Variant(t) for t in shorter if t.step_tile < tile))
 
 
 def build_library(
@@ -83,15 +102,18 @@ def build_library(
     RuntimeError
         If no linker is there, or a command fails.
     """
-    names = [f"steps{v.tiling.step_tile}" for v in variants]
-    kernels = compile_kernels(
-        {n: scheduled(config, target, v.tiling) for n, v in zip(names, variants, strict=True)}, target
-    )
+    functions = {}
+    for tiling in (v.tiling for v in variants):
+        functions[f"steps{tiling.step_tile}"] = scheduled(config, target, tiling)
+        if reads_in_place(config, tiling) != "never":
+            interior = scheduled(config, target, tiling, interior=True)
+            functions[f"interior{tiling.step_tile}"] = interior
+    kernels = compile_kernels(functions, target)
     tools = toolchain(target.triple)
     with tempfile.TemporaryDirectory() as folder, as_file(_native()) as native:
         work = Path(folder)
         kernels.write_to_file(str(work / "kernels.o"))
-        (work / "library.c").write_text(_description(config, target, names, variants))
+        (work / "library.c").write_text(_description(config, target, variants))
         tools.object_file(work / "library.c", work / "library.o", (native, _ffi_include()))
         tools.shared_library([work / "kernels.o", work / "library.o"], output)
 
@@ -115,7 +137,7 @@ def _ffi_include() -> Path:
 
 
 def _description(
-    config: KernelConfig, target: CpuTarget, names: list[str], variants: tuple[Variant, ...]
+    config: KernelConfig, target: CpuTarget, variants: tuple[Variant, ...]
 ) -> str:
     """The C file that makes a library describe itself to the runtime."""
     bits, bfloat = _FORMATS[config.dtype]
@@ -134,20 +156,22 @@ def _description(
         "bfloat": bfloat,
         "accumulator_bits": _FORMATS[config.accumulation_dtype][0],
         "lanes": lanes,
-        "variant_count": len(names),
+        "variant_count": len(variants),
         "variants": "variants",
     }
-    kernels = "".join(
-        f"int __tvm_ffi_{n}(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);\n" for n in names
-    )
-    table = ", ".join(
-        f"{{{v.tiling.step_tile}, {cost(config, lanes, v.tiling)!r}, __tvm_ffi_{n}}}"
-        for n, v in zip(names, variants, strict=True)
-    )
+    kernels, rows = [], []
+    for tiling in (v.tiling for v in variants):
+        tile, in_place = tiling.step_tile, reads_in_place(config, tiling)
+        names = [f"__tvm_ffi_steps{tile}", f"__tvm_ffi_interior{tile}"]
+        names = names[: 1 if in_place == "never" else 2]
+        kernels += [f"int {n}(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);\n" for n in names]
+        functions = ", ".join([*names, "NULL"][:2])
+        always = int(in_place == "always")
+        rows.append(f"{{{tile}, {always}, {cost(config, lanes, tiling)!r}, {functions}}}")
     values = ", ".join(f".{name} = {value}" for name, value in fields.items())
     return (
-        f'#include "library.h"\n{kernels}'
-        f"static const tvm_sepconv_variant variants[] = {{{table}}};\n"
+        f'#include "library.h"\n{"".join(kernels)}'
+        f"static const tvm_sepconv_variant variants[] = {{{', '.join(rows)}}};\n"
         f"extern const tvm_sepconv_library tvm_sepconv_description;\n"
         f"const tvm_sepconv_library tvm_sepconv_description = {{{values}}};\n"
     )

@@ -47,7 +47,12 @@ def packed_shapes(config: KernelConfig, lanes: int) -> dict[str, tuple[int, ...]
     }
 
 
-def sepconv1d(config: KernelConfig, lanes: int) -> PrimFunc:
+def has_interior(config: KernelConfig) -> bool:
+    """Whether `sepconv1d` has an interior form: taps read as vectors must lie side by side."""
+    return config.data_format == "channels_last" or config.strides == 1
+
+
+def sepconv1d(config: KernelConfig, lanes: int, interior: bool = False) -> PrimFunc:
     """SeparableConv1D as a schedulable function of NumPy-like buffers.
 
     Arguments, in order: ``x (batch, steps, channels)`` or ``(batch, channels, steps)``, the packed
@@ -55,10 +60,19 @@ def sepconv1d(config: KernelConfig, lanes: int) -> PrimFunc:
     and ``output`` in the layout of ``x``, whose extent along time says how many steps to compute.
     ``x`` and ``output`` may have any stride along batch and rows and need the alignment of one
     element only; the packed weights are 64-byte aligned.
+
+    The interior form has no stage ``pad``: it reads ``x`` where it lies. It is for whole tiles none
+    of whose taps leave the input, and reads up to a vector beyond the last channel of a row. In
+    channels_first its output is ``(batch, filters, steps/lanes, lanes)``: whole vectors only.
     """
-    first = config.data_format == "channels_first"
-    build = _channels_first if first else _channels_last
-    return _relax_arguments(te.create_prim_func(build(config, lanes)), config.dtype)
+    if interior and not has_interior(config):
+        raise ValueError(f"There is no interior form for strides in channels_first: {config.key}")
+    if config.data_format == "channels_last":
+        arguments = _channels_last(config, lanes, interior)
+    else:
+        build = _channels_first_interior if interior else _channels_first
+        arguments = build(config, lanes)
+    return _relax_arguments(te.create_prim_func(arguments), config.dtype)
 
 
 class _Arguments:
@@ -96,24 +110,32 @@ class _Arguments:
         return [x, self.depthwise, self.pointwise, *bias, self.left, output]
 
 
-def _channels_last(config: KernelConfig, lanes: int) -> list[te.Tensor | tirx.Var]:
+def _channels_last(
+    config: KernelConfig, lanes: int, interior: bool
+) -> list[te.Tensor | tirx.Var]:
     a = _Arguments(config, lanes)
     acc, m, c = config.accumulation_dtype, config.depth_multiplier, config.channels
     stride, dilation = config.strides, config.dilation_rate
     panels, _, _ = a.pointwise.shape
     lined = a.depthwise.shape[2]
     x = te.placeholder((a.batch, a.steps, c), config.dtype, name="x")
-    pad = te.compute(
-        (a.batch, a.long_steps * stride + a.halo + MAX_STEP_TILE * stride, lined),
-        lambda n, r, ch: te.if_then_else(
-            te.all(a.inside(r), ch < c), x[n, r - a.left, ch].astype(acc), a.zero
-        ),
-        name="pad",
-    )
+
+    def read(n: PrimExpr, r: PrimExpr, ch: PrimExpr) -> PrimExpr:
+        return x[n, r - a.left, ch].astype(acc)
+
+    source = read
+    if not interior:
+        source = te.compute(
+            (a.batch, a.long_steps * stride + a.halo + MAX_STEP_TILE * stride, lined),
+            lambda n, r, ch: te.if_then_else(
+                te.all(a.inside(r), ch < c), read(n, r, ch), a.zero
+            ),
+            name="pad",
+        )
     depthwise = te.compute(
         (a.batch, a.long_steps, m, lined),
         lambda n, t, j, ch: te.sum(
-            pad[n, t * stride + a.taps * dilation, ch] * a.depthwise[a.taps, j, ch], axis=a.taps
+            source(n, t * stride + a.taps * dilation, ch) * a.depthwise[a.taps, j, ch], axis=a.taps
         ),
         name="depthwise",
     )
@@ -185,6 +207,45 @@ def _channels_first(config: KernelConfig, lanes: int) -> list[te.Tensor | tirx.V
     return a.list(x, output)
 
 
+def _channels_first_interior(config: KernelConfig, lanes: int) -> list[te.Tensor | tirx.Var]:
+    # Steps are (vector, lane): that the last vector is whole is in the shape, not in a predicate.
+    a = _Arguments(config, lanes)
+    acc, m, c = config.accumulation_dtype, config.depth_multiplier, config.channels
+    panels, _, _ = a.pointwise.shape
+    vectors = te.var("vectors", "int32")
+    long = vectors + MAX_STEP_TILE // lanes
+    x = te.placeholder((a.batch, c, a.steps), config.dtype, name="x")
+    depthwise = te.compute(
+        (a.batch, m, c, long, lanes),
+        lambda n, j, ch, v, i: te.sum(
+            x[n, ch, v * lanes + i + a.taps * config.dilation_rate - a.left].astype(acc)
+            * a.depthwise[a.taps, j, ch],
+            axis=a.taps,
+        ),
+        name="depthwise",
+    )
+    pointwise = te.compute(
+        (a.batch, panels, lanes, long, lanes),
+        lambda n, fo, fi, v, i: te.sum(
+            depthwise[n, a.multiplier, a.channels, v, i]
+            * a.pointwise[fo, a.multiplier * c + a.channels, fi],
+            axis=[a.multiplier, a.channels],
+        ),
+        name="pointwise",
+    )
+    activation = te.compute(
+        (a.batch, panels, lanes, long, lanes),
+        lambda n, fo, fi, v, i: a.finish(config, pointwise[n, fo, fi, v, i], fo * lanes + fi),
+        name="activation",
+    )
+    output = te.compute(
+        (a.batch, config.filters, vectors, lanes),
+        lambda n, f, v, i: activation[n, f // lanes, f % lanes, v, i].astype(config.dtype),
+        name="output",
+    )
+    return a.list(x, output)
+
+
 def _relax_arguments(func: PrimFunc, dtype: str) -> PrimFunc:
     """Give `x` and `output` free batch and row strides and one element's alignment.
 
@@ -197,9 +258,11 @@ def _relax_arguments(func: PrimFunc, dtype: str) -> PrimFunc:
     for name, prefix in (("x", "x"), ("output", "y")):
         old = re.search(rf'\b{name}: T\.Buffer\((\(.*?\))(, "\w+")?\)', script)
         assert old is not None, script  # TVM prints every argument so
+        *_, extent = extents = old[1].strip("()").split(", ")
+        inner = "1" if len(extents) == 3 else f"{extent}, 1"
         new = (
-            f'{name}: T.Buffer({old[1]}{old[2] or ""}, strides=("{prefix}_batch", "{prefix}_row", 1), '
-            f"align={bits // 8})"
+            f"{name}: T.Buffer({old[1]}{old[2] or ''}, "
+            f'strides=("{prefix}_batch", "{prefix}_row", {inner}), align={bits // 8})'
         )
         script = script.replace(old[0], new, 1)
     names = "x_batch, x_row, y_batch, y_row"

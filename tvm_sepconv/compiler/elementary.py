@@ -38,7 +38,9 @@ class Format:
     bits: str
     mantissa: int
     bias: int
-    shift: int  # 2ⁿ is built as 2^(n ± shift), so that a subnormal result is rounded once
+    # 2ⁿ is built as 2^(n ± shift), so that a subnormal result is rounded once. TVM's script, which
+    # `compute` goes through, has no literals above float32's largest: 2^shift must stay below it.
+    shift: int
     ln2: tuple[float, float]
     exp_range: tuple[float, float]  # outside, exp is 0 or infinite
     expm1_low: float  # below, expm1 is -1
@@ -68,7 +70,7 @@ _FLOAT32 = Format(
     ),
 )
 _FLOAT64 = Format(
-    dtype="float64", bits="uint64", mantissa=52, bias=1023, shift=512,
+    dtype="float64", bits="uint64", mantissa=52, bias=1023, shift=64,
     ln2=(0.693145751953125, 1.4286068203094173e-06),
     exp_range=(-746.0, 710.0), expm1_low=-40.0, tail_limit=39.0,
     exp_p=(

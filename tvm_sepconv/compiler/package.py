@@ -44,13 +44,16 @@ def write_bundle(
     FileExistsError
         If `path` exists and is not a bundle.
     """
-    path = Path(path)
-    if path.exists() and not (path / bundle.MANIFEST).is_file():
+    path = Path(path).resolve()  # a link to a bundle stays; what it points to is replaced
+    if path.exists() and not bundle.is_bundle(path):
         raise FileExistsError(
             f"The `path` argument must name a new folder or a bundle to replace. Received: {path}"
         )
-    names = list(target_names) if target_names is not None else list(targets.host_family())
-    chosen = [cpu(name) for name in names]
+    if not layers:
+        raise ValueError("The `layers` argument must have at least one layer. Received: none")
+    names = [target_names] if isinstance(target_names, str) else target_names
+    chosen = [cpu(name) for name in (targets.host_family() if names is None else names)]
+    chosen = list(dict.fromkeys(chosen))  # "x86" may be one that is named as well
     if not chosen:
         raise ValueError(f"Expected at least one target in `targets`. Received: {target_names}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,9 +61,19 @@ def write_bundle(
         work = Path(folder, "bundle")
         work.mkdir()
         _fill(work, layers, chosen, progress or (lambda what, done, total: None))
+        _swap(work, path, Path(folder, "replaced"))
+
+
+def _swap(new: Path, path: Path, old: Path) -> None:
+    """Put `new` at `path`, moving what is there to `old`; one of them always ends up there."""
+    try:
         if path.exists():
-            path.rename(Path(folder, "replaced"))
-        work.rename(path)
+            path.rename(old)
+        new.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
 
 
 def _fill(
@@ -90,7 +103,10 @@ def _fill(
 
 
 def _libraries(
-    work: Path, kernels: Mapping[KernelConfig, None], chosen: Sequence[CpuTarget], progress: Progress
+    work: Path,
+    kernels: Mapping[KernelConfig, None],
+    chosen: Sequence[CpuTarget],
+    progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     jobs = [(target, config) for target in chosen for config in kernels]
     result: dict[str, dict[str, Any]] = {target.name: {} for target in chosen}
@@ -145,6 +161,8 @@ def _example(config: SepConvConfig, weights: Weights) -> tuple[Any, Any]:
     """A small input (two samples, a ragged number of steps) and what the reference makes of it."""
     channels = weights["depthwise_kernel"].shape[1]
     steps = config.effective_kernel + 4 * config.strides + 1
+    while config.out_steps(steps) % 2:  # glu halves the steps of a channels_first layer
+        steps += 1
     shape = (2, steps, channels) if config.channel_axis == -1 else (2, channels, steps)
     x = np.random.default_rng(0).standard_normal(shape).astype(config.compute_dtype)
     y = reference.separable_conv1d(

@@ -11,7 +11,11 @@ from tvm.target import Target as TvmTarget
 from tvm_sepconv import targets
 from tvm_sepconv.compiler.schedules import arm, x86
 
-_X86_LEVELS = {"x86_64-sse42": "x86-64-v2", "x86_64-avx2": "x86-64-v3", "x86_64-avx512": "x86-64-v4"}
+_X86_LEVELS = {
+    "x86_64-sse42": "x86-64-v2",
+    "x86_64-avx2": "x86-64-v3",
+    "x86_64-avx512": "x86-64-v4",
+}
 _ARM: dict[str, dict[str, Any]] = {
     "aarch64-neon": {"mtriple": "aarch64-linux-gnu", "mcpu": "generic", "mattr": ["+neon"]},
     "aarch64-fp16": {
@@ -53,7 +57,8 @@ class CpuTarget:
     @property
     def family(self) -> ModuleType:
         """The schedule module: units, default tilings, candidates."""
-        return x86 if self.isa in _X86_LEVELS else arm
+        family: ModuleType = x86 if self.isa in _X86_LEVELS else arm
+        return family
 
     @property
     def description(self) -> dict[str, Any]:

@@ -6,26 +6,28 @@ table compares single threads, and NumPy's BLAS reads how many it may use once, 
 
 from __future__ import annotations
 
-import datetime
 import os
-import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 import tvm_sepconv
+from tvm_sepconv.bench.case import check, describe
+from tvm_sepconv.bench.machine import where
+from tvm_sepconv.bench.peers import ONNXRUNTIME
+from tvm_sepconv.bench.report import OURS
+from tvm_sepconv.bench.timing import interleave
+from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.demo import data, peers
 from tvm_sepconv.demo.network import Apply, load_network
 from tvm_sepconv.interop.keras import SavedLayer
 
-OURS, NUMPY, ONNX = "tvm_sepconv", "NumPy", "ONNX Runtime"
+NUMPY = "NumPy"
 THREADS = 1
-ROUNDS = 41
-SAMPLE_NS = 200_000  # calls are repeated to fill this, so that the clock's own cost vanishes
+ROW_SECS = 0.2
 OUTPUT_TOLERANCE = 1e-4
 
 _BLAS_THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -67,40 +69,19 @@ def report(layers: Mapping[str, tuple[SavedLayer, Apply]], frames: Sequence[int]
     """
     tvm_sepconv.set_num_threads(THREADS)
     missing = peers.missing_for_onnxruntime()
-    names = [OURS, NUMPY] if missing else [OURS, NUMPY, ONNX]
-    print(f"\nMedian µs of a whole call, batch 1, {_where()}")
+    names = [OURS, NUMPY] if missing else [OURS, NUMPY, ONNXRUNTIME]
+    print(f"\nMedian µs of a whole call, batch 1, {where(THREADS)}")
     if missing:
-        print(f"{ONNX} is left out: {' and '.join(missing)} not installed")
+        print(f"{ONNXRUNTIME} is left out: {' and '.join(missing)} not installed")
     else:
-        print(f"{ONNX} gets its own layout, channels first")
+        print(f"{ONNXRUNTIME} gets its own layout, channels first")
     print(f"{'layer':28}{'frames':>7}" + "".join(f"{name:>14}" for name in names))
     for saved, compiled in layers.values():
         for steps in frames:
             calls = _calls(saved, compiled, steps, with_onnx=not missing)
-            medians = median_us(calls)
-            cells = "".join(f"{medians[name]:14.1f}" for name in names)
+            times = interleave(calls, ROW_SECS)
+            cells = "".join(f"{times[name].median_us:14.1f}" for name in names)
             print(f"{_describe(saved):28}{steps:7}{cells}", flush=True)
-
-
-def median_us(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
-    """Return the median time of each call, the rounds of all of them interleaved."""
-    repeats = {name: _repeats(call) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            start = time.perf_counter_ns()
-            for _ in range(repeats[name]):
-                call()
-            samples[name].append((time.perf_counter_ns() - start) / repeats[name] / 1e3)
-    return {name: float(np.median(values)) for name, values in samples.items()}
-
-
-def _repeats(call: Callable[[], object]) -> int:
-    for _ in range(3):  # warm: caches, allocations, the first call's set-up
-        call()
-    start = time.perf_counter_ns()
-    call()
-    return max(1, SAMPLE_NS // max(time.perf_counter_ns() - start, 1))
 
 
 def _calls(saved: SavedLayer, compiled: Apply, steps: int, with_onnx: bool) -> dict[str, Call]:
@@ -114,35 +95,18 @@ def _calls(saved: SavedLayer, compiled: Apply, steps: int, with_onnx: bool) -> d
     if with_onnx:
         in_onnx = peers.onnxruntime_layer(saved, THREADS)
         x_first = np.ascontiguousarray(x.swapaxes(1, 2))
-        calls[ONNX] = lambda: in_onnx(x_first)
-        _check(ONNX, in_onnx(x_first).swapaxes(1, 2), expected)
+        calls[ONNXRUNTIME] = lambda: in_onnx(x_first)
+        _check(ONNXRUNTIME, in_onnx(x_first).swapaxes(1, 2), expected)
     return calls
 
 
 def _check(name: str, output: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(
-        output, expected, OUTPUT_TOLERANCE, OUTPUT_TOLERANCE, err_msg=f"{name} is not the layer"
-    )
+    check(name, output, expected, OUTPUT_TOLERANCE * (1 + np.abs(expected)))
 
 
 def _describe(saved: SavedLayer) -> str:
-    taps, channels, _ = saved.weights[0].shape
-    (dilation,) = saved.config["dilation_rate"]
-    dilated = f" d{dilation}" if dilation > 1 else ""
-    return f"{saved.names[-1]} {channels}→{saved.config['filters']} k{taps}{dilated}"
-
-
-def _where() -> str:
-    """Say which machine, how many threads, and when."""
-    cpu = platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                cpu = line.partition(":")[2].strip()
-                break
-    today = datetime.date.today().isoformat()
-    return f"{cpu}, {os.cpu_count()} processors, {THREADS} thread, {today}"
+    config = SepConvConfig.from_dict(saved.config)
+    return f"{saved.names[-1]} {describe(config, saved.weights[0].shape[1])}"
 
 
 if __name__ == "__main__":

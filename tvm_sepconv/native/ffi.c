@@ -20,6 +20,7 @@ static tvm_sepconv_view view_of(const tvm_sepconv_library* l, const DLTensor* t)
   tvm_sepconv_view view = {(char*)t->data + t->byte_offset, s[1] * s[2], s[2]};
   if (t->strides) {
     if (t->strides[2] != 1 && s[2] > 1) return none;
+    if (t->strides[0] < 0 || t->strides[1] < 0) return none; /* `end_byte` counts upwards */
     view.batch_stride = t->strides[0];
     view.row_stride = t->strides[1];
   }

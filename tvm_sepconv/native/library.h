@@ -2,14 +2,23 @@
 #ifndef TVM_SEPCONV_LIBRARY_H_
 #define TVM_SEPCONV_LIBRARY_H_
 
+#include <stddef.h>
 #include <stdint.h>
 #include <tvm/ffi/c_api.h>
 
-/* One kernel: computes any number of steps, `step_tile` at a time, serially. */
+#if defined(__arm__)
+/* Named by the unwind tables of 32-bit ARM code; no exception ever passes through ours. */
+__attribute__((weak, visibility("hidden"))) void __aeabi_unwind_cpp_pr0(void) {}
+__attribute__((weak, visibility("hidden"))) void __aeabi_unwind_cpp_pr1(void) {}
+#endif
+
+/* One kernel: computes any number of steps, `step_tile` at a time, serially. Its interior form, if any, reads
+ * the input where it lies: for whole tiles no tap of which leaves the input. */
 typedef struct {
   int32_t step_tile;
+  int32_t interior_always; /* 0: only for rows aligned to a vector, otherwise a copy is faster */
   double cost; /* of one tile, in cycles as the schedule estimates them; only ratios count */
-  TVMFFISafeCallType kernel;
+  TVMFFISafeCallType kernel, interior;
 } tvm_sepconv_variant;
 
 typedef struct {

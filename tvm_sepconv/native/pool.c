@@ -8,6 +8,8 @@
 #define _GNU_SOURCE
 #include "pool.h"
 
+#include <dlfcn.h>
+#include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <sched.h>
@@ -30,10 +32,9 @@ static struct {
   int sleepers;
   void (*task)(void*, int);
   void* context;
-  int count;
   /* Each on its own cache line: the first is polled, the second contended. */
   _Alignas(64) unsigned job;
-  _Alignas(64) uint64_t next;     /* job number << 32 | next task */
+  _Alignas(64) uint64_t next;     /* job number << 32 | number of tasks << 16 | next task */
   _Alignas(64) int pending;        /* tasks not finished */
 } pool;
 
@@ -53,10 +54,28 @@ static inline void relax(void) {
 
 /* ---- how many threads ----------------------------------------------------------------------- */
 
-static double cgroup_quota(void) {
-  /* CPUs' worth of time the control group grants, or a large number: version 2, then version 1. */
-  double quota = 0, period = 0, limit = 1e9;
-  char path[512] = "/sys/fs/cgroup", line[400];
+/* The number in a string, 0 if there is none, moving `text` past it. The C library's own functions get another
+ * name with each revision of the language (__isoc23_strtol), and an older system does not have the newest. */
+static int64_t number(const char** text) {
+  int64_t value = 0;
+  while (**text == ' ') ++*text;
+  for (; **text >= '0' && **text <= '9'; ++*text)
+    if (value < INT64_MAX / 20) value = value * 10 + (**text - '0');
+  return value;
+}
+
+static int read_line(const char* path, char* line, int size) {
+  FILE* file = fopen(path, "re");
+  if (!file) return 0;
+  const int found = fgets(line, size, file) != NULL;
+  fclose(file);
+  return found;
+}
+
+static int64_t cgroup_quota(void) {
+  /* Whole CPUs' worth of time that the control group grants, or a large number: version 2, then version 1. */
+  int64_t limit = INT_MAX;
+  char path[512] = "/sys/fs/cgroup", line[400], period_line[64];
   FILE* file = fopen("/proc/self/cgroup", "re");
   if (file) {
     while (fgets(line, sizeof line, file)) {
@@ -67,33 +86,32 @@ static double cgroup_quota(void) {
   }
   for (char* end = path + strlen(path); end - path >= 14; *end = 0) { /* a parent may be the tighter */
     snprintf(end, (size_t)(path + sizeof path - end), "/cpu.max");
-    if ((file = fopen(path, "re"))) {
-      if (fscanf(file, "%lf %lf", &quota, &period) == 2 && period > 0 && quota / period < limit)
-        limit = quota / period;
-      fclose(file);
+    if (read_line(path, line, sizeof line)) { /* "150000 100000", or "max 100000" */
+      const char* text = line;
+      const int64_t quota = number(&text), period = number(&text);
+      if (quota > 0 && period > 0 && quota / period < limit) limit = quota / period;
     }
     *end = 0;
     do --end;
     while (end > path && *end != '/');
   }
-  FILE* quota_file = fopen("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "re");
-  FILE* period_file = fopen("/sys/fs/cgroup/cpu/cpu.cfs_period_us", "re");
-  if (quota_file && period_file && fscanf(quota_file, "%lf", &quota) == 1 &&
-      fscanf(period_file, "%lf", &period) == 1 && quota > 0 && period > 0 && quota / period < limit)
-    limit = quota / period;
-  if (quota_file) fclose(quota_file);
-  if (period_file) fclose(period_file);
-  return limit;
+  if (read_line("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", line, sizeof line) &&
+      read_line("/sys/fs/cgroup/cpu/cpu.cfs_period_us", period_line, sizeof period_line)) {
+    const char *text = line, *period_text = period_line;
+    const int64_t quota = number(&text), period = number(&period_text); /* "-1": no limit */
+    if (quota > 0 && period > 0 && quota / period < limit) limit = quota / period;
+  }
+  return limit < 1 ? 1 : limit;
 }
 
 static int default_threads(void) {
   const char* value = getenv("TVM_SEPCONV_NUM_THREADS");
-  if (value && atoi(value) > 0) return atoi(value);
+  const int64_t asked = value ? number(&value) : 0;
+  if (asked > 0) return asked < INT_MAX ? (int)asked : INT_MAX;
   cpu_set_t set;
-  int cpus = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-  double quota = cgroup_quota();
-  if (quota < cpus) cpus = quota < 1 ? 1 : (int)quota;
-  return cpus;
+  const int cpus = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+  const int64_t quota = cgroup_quota();
+  return quota < cpus ? (int)quota : cpus;
 }
 
 int tvm_sepconv_num_threads(void) {
@@ -113,13 +131,15 @@ void tvm_sepconv_set_num_threads(int threads) {
 /* ---- the pool ------------------------------------------------------------------------------- */
 
 static void take_tasks(void) {
-  /* A claim succeeds only while `next` still names the job whose fields were read before it. */
+  /* A claim succeeds only while `next` still names an unclaimed task of the job whose fields were read before
+   * it, so that job cannot have ended. The number of tasks is part of the word because, read by itself, it could
+   * already be the next job's, and this job's end would look like a task of that one. */
   for (;;) {
     uint64_t next = __atomic_load_n(&pool.next, __ATOMIC_ACQUIRE);
     void (*task)(void*, int) = __atomic_load_n(&pool.task, __ATOMIC_RELAXED);
     void* context = __atomic_load_n(&pool.context, __ATOMIC_RELAXED);
-    int index = (int)(uint32_t)next;
-    if (index >= __atomic_load_n(&pool.count, __ATOMIC_RELAXED)) return;
+    const int index = (int)(next & 0xffff), count = (int)(next >> 16 & 0xffff);
+    if (index >= count) return;
     if (!__atomic_compare_exchange_n(&pool.next, &next, next + 1, 0, __ATOMIC_ACQ_REL,
                                      __ATOMIC_RELAXED))
       continue;
@@ -144,9 +164,17 @@ static void* worker(void* start) {
   return NULL;
 }
 
+/* Threads run this code until the process ends, and end with it (free_arena): dlclose must not unmap it. */
+static pthread_once_t resident_once = PTHREAD_ONCE_INIT;
+static void stay_resident(void) {
+  Dl_info self;
+  if (dladdr((void*)stay_resident, &self)) dlopen(self.dli_fname, RTLD_NOW | RTLD_NOLOAD | RTLD_NODELETE);
+}
+
 static void start_workers(int wanted) {
   /* Signals stay with the host's threads. A thread that cannot be had is done without. */
   if (pool.workers >= wanted) return;
+  pthread_once(&resident_once, stay_resident);
   sigset_t all, before;
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
@@ -179,9 +207,8 @@ void pool_run(void (*task)(void*, int), void* context, int count) {
   start_workers(count - 1);
   __atomic_store_n(&pool.task, task, __ATOMIC_RELAXED);
   __atomic_store_n(&pool.context, context, __ATOMIC_RELAXED);
-  __atomic_store_n(&pool.count, count, __ATOMIC_RELAXED);
   __atomic_store_n(&pool.pending, count, __ATOMIC_RELAXED);
-  uint64_t job = (uint64_t)(pool.job + 1) << 32;
+  const uint64_t job = (uint64_t)(pool.job + 1) << 32 | (uint64_t)count << 16;
   __atomic_store_n(&pool.next, job, __ATOMIC_RELEASE);
   __atomic_add_fetch(&pool.job, 1, __ATOMIC_SEQ_CST);
   if (__atomic_load_n(&pool.sleepers, __ATOMIC_SEQ_CST)) futex_wake(&pool.job, count - 1);
@@ -219,6 +246,7 @@ static void make_key(void) { pthread_key_create(&scratch_key, free_arena); }
 
 static arena* this_thread(void) {
   if (scratch) return scratch;
+  pthread_once(&resident_once, stay_resident);
   pthread_once(&scratch_once, make_key);
   arena* a = calloc(1, sizeof *a);
   if (a && pthread_setspecific(scratch_key, a)) {
@@ -231,18 +259,20 @@ static arena* this_thread(void) {
 void* pool_alloc_workspace(int device_type, int device_id, uint64_t bytes, int code, int bits) {
   (void)device_type, (void)device_id, (void)code, (void)bits;
   arena* a = this_thread();
-  if (!a || a->depth == MAX_BLOCKS) return NULL;
-  size_t size = ((size_t)bytes + 63) & ~(size_t)63;
+  if (!a || a->depth == MAX_BLOCKS || bytes > SIZE_MAX / 4) return NULL;
+  const size_t size = ((size_t)bytes + 63) & ~(size_t)63, before = a->most;
   if (a->used + size > a->most) a->most = a->used + size;
-  if (!a->used && a->capacity < a->most) { /* nothing is in use: grow to the high-water mark */
-    void* base = NULL;
-    if (posix_memalign(&base, 64, a->most)) return NULL;
-    free(a->base);
+  void *base = NULL, *block = NULL;
+  if (!a->used && a->capacity < a->most && !posix_memalign(&base, 64, a->most)) {
+    free(a->base); /* nothing was in use: the block grew to the high-water mark */
     a->base = base;
     a->capacity = a->most;
   }
-  void* block = a->base + a->used;
-  if (a->used + size > a->capacity && posix_memalign(&block, 64, size)) return NULL;
+  if (a->used + size <= a->capacity) block = a->base + a->used;
+  else if (posix_memalign(&block, 64, size)) {
+    a->most = before; /* what could not be had now must not be asked for again by smaller calls */
+    return NULL;
+  }
   a->blocks[a->depth].pointer = block;
   a->blocks[a->depth++].bytes = size;
   a->used += size;
@@ -257,4 +287,8 @@ int pool_free_workspace(int device_type, int device_id, void* pointer) {
   a->used -= a->blocks[--a->depth].bytes;
   if (block < a->base || block >= a->base + a->capacity) free(block);
   return 0;
+}
+
+void pool_drop_workspace(void) {
+  while (scratch && scratch->depth) pool_free_workspace(0, 0, scratch->blocks[scratch->depth - 1].pointer);
 }

@@ -8,6 +8,7 @@
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <limits.h>
+#include <link.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -77,7 +78,20 @@ static int fill_slot(void* handle, const char* name, void* function) {
   return 0;
 }
 
+/* The section headers come last in a library. Opening one that was cut off ends in SIGBUS, not in an error. */
+static int is_cut_off(const char* path) {
+  ElfW(Ehdr) header;
+  FILE* file = fopen(path, "re");
+  if (!file) return 0; /* dlopen says why, or finds it elsewhere */
+  const int read = fread(&header, sizeof header, 1, file) == 1 && fseek(file, 0, SEEK_END) == 0;
+  const uint64_t size = read ? (uint64_t)ftell(file) : 0;
+  fclose(file);
+  return !read || size < header.e_shoff + (uint64_t)header.e_shnum * header.e_shentsize;
+}
+
 static int open_library(const char* path, tvm_sepconv_layer* layer) {
+  if (is_cut_off(path))
+    return fail(TVM_SEPCONV_ERROR_LIBRARY, "The library cannot be opened: %s is truncated.", path);
   layer->handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (!layer->handle)
     return fail(TVM_SEPCONV_ERROR_LIBRARY, "The library cannot be opened: %s", dlerror());
@@ -96,6 +110,10 @@ int tvm_sepconv_layer_create(const char* library_path, const void* depthwise, co
                              const void* bias, tvm_sepconv_padding padding, int64_t left,
                              int64_t right, tvm_sepconv_layer** out) {
   *out = NULL;
+  if (padding != TVM_SEPCONV_EXPLICIT) left = right = 0;
+  if ((unsigned)padding > TVM_SEPCONV_EXPLICIT)
+    return fail(TVM_SEPCONV_ERROR_ARGUMENT, "`padding` must be one of tvm_sepconv_padding. Received: %d",
+                (int)padding);
   if (left < 0 || right < 0 || left > INT_MAX / 2 || right > INT_MAX / 2)
     return fail(TVM_SEPCONV_ERROR_ARGUMENT, "`padding` must lie in [0, 2**30). Received: (%lld, %lld)",
                 (long long)left, (long long)right);
@@ -119,6 +137,8 @@ void tvm_sepconv_layer_destroy(tvm_sepconv_layer* layer) {
   if (layer->handle) dlclose(layer->handle);
   free(layer);
 }
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t effective_kernel(const tvm_sepconv_library* l) {
   return (int64_t)(l->kernel_size - 1) * l->dilation_rate + 1;
@@ -156,7 +176,7 @@ static DLTensor tensor(void* data, int rank, int64_t* shape, int64_t* strides, D
 }
 
 /* One kernel call: `count` steps of sample `n` from step `first` on. */
-static int run_kernel(const call* c, const tvm_sepconv_variant* variant, int64_t n, int64_t first,
+static int run_kernel(const call* c, TVMFFISafeCallType kernel, int interior, int64_t n, int64_t first,
                       int64_t count) {
   const tvm_sepconv_layer* y = c->layer;
   const tvm_sepconv_library* l = y->library;
@@ -175,6 +195,9 @@ static int run_kernel(const call* c, const tvm_sepconv_variant* variant, int64_t
   if (l->channels_first)
     shape_x[1] = l->channels, shape_x[2] = steps, shape_y[1] = l->filters, shape_y[2] = count;
   int64_t strides_x[3] = {0, c->x.row_stride, 1}, strides_y[3] = {0, c->y.row_stride, 1};
+  const int vectors = interior && l->channels_first; /* its output is (…, vectors, lanes) */
+  int64_t shape_v[4] = {1, l->filters, count / l->lanes, l->lanes};
+  int64_t strides_v[4] = {0, c->y.row_stride, l->lanes, 1};
   const DLDataType type = {l->bfloat ? kDLBfloat : kDLFloat, (uint8_t)l->float_bits, 1};
   const DLDataType packed = {kDLFloat, (uint8_t)l->accumulator_bits, 1};
   DLTensor tensors[5] = {
@@ -182,7 +205,7 @@ static int run_kernel(const call* c, const tvm_sepconv_variant* variant, int64_t
       tensor(y->depthwise, 3, (int64_t*)y->depthwise_shape, NULL, packed),
       tensor(y->pointwise, 3, (int64_t*)y->pointwise_shape, NULL, packed),
       tensor(y->bias, 1, (int64_t*)y->bias_shape, NULL, packed),
-      tensor(out, 3, shape_y, strides_y, type),
+      vectors ? tensor(out, 4, shape_v, strides_v, type) : tensor(out, 3, shape_y, strides_y, type),
   };
   TVMFFIAny arguments[6] = {{0}}, result = {0};
   int count_arguments = 0;
@@ -195,7 +218,44 @@ static int run_kernel(const call* c, const tvm_sepconv_variant* variant, int64_t
     arguments[count_arguments].type_index = kTVMFFIDLTensorPtr;
     arguments[count_arguments++].v_ptr = &tensors[i];
   }
-  return variant->kernel(NULL, arguments, count_arguments, &result);
+  const int status = kernel(NULL, arguments, count_arguments, &result);
+  if (status) pool_drop_workspace();
+  return status;
+}
+
+/* Whether a variant's interior form is the faster one for this input's alignment. */
+static int reads_in_place(const call* c, const tvm_sepconv_variant* variant) {
+  const tvm_sepconv_library* l = c->layer->library;
+  const uintptr_t bytes = (uintptr_t)l->float_bits / 8;
+  const uintptr_t strides = (uintptr_t)(c->x.batch_stride | c->x.row_stride) * bytes;
+  const int aligned = !(((uintptr_t)c->x.data | strides) % ((uintptr_t)l->lanes * bytes));
+  /* One row for all steps has no rows after it that its last vector may reach into. */
+  const int repeated = !l->channels_first && !c->x.row_stride && l->channels % l->lanes;
+  return variant->interior && !repeated && (aligned || variant->interior_always);
+}
+
+/* Steps [first, end) of sample `n` with one variant: the tiles whose taps all lie in the input with its
+ * interior form, those before and after with the other. */
+static int run_variant(const call* c, const tvm_sepconv_variant* variant, int64_t n, int64_t first,
+                       int64_t end) {
+  const tvm_sepconv_library* l = c->layer->library;
+  const int64_t tile = variant->step_tile;
+  int64_t from = end, to = end;
+  if (reads_in_place(c, variant)) {
+    /* A row's last vector may reach into the rows that follow: then they have to be there. */
+    const int64_t beyond = l->channels_first ? 0 : (l->lanes - l->channels % l->lanes) % l->lanes;
+    const int64_t guard = beyond ? beyond / (c->x.row_stride > 0 ? c->x.row_stride : 1) + 1 : 0;
+    const int64_t inside = (c->left + l->strides - 1) / l->strides;
+    const int64_t room = c->steps + c->left - guard - effective_kernel(l);
+    const int64_t last = room < 0 ? 0 : room / l->strides + 1; /* the first step whose taps leave */
+    from = first < inside ? first + (inside - first + tile - 1) / tile * tile : first;
+    from = smaller(from, end);
+    to = smaller(last, end) > from ? from + (smaller(last, end) - from) / tile * tile : from;
+  }
+  int status = first < from ? run_kernel(c, variant->kernel, 0, n, first, from - first) : 0;
+  if (!status && from < to) status = run_kernel(c, variant->interior, 1, n, from, to - from);
+  if (!status && to < end) status = run_kernel(c, variant->kernel, 0, n, to, end - to);
+  return status;
 }
 
 /* Cost of `steps` with the variants from `i` on: the last tile of the longest is ragged, or what is left
@@ -214,7 +274,7 @@ static double tail_cost(const tvm_sepconv_library* l, int i, int64_t steps) {
 static int run_steps(const call* c, int64_t n, int64_t first, int64_t end) {
   const tvm_sepconv_library* l = c->layer->library;
   const int64_t widest = c->x.row_stride > c->y.row_stride ? c->x.row_stride : c->y.row_stride;
-  const int64_t longest = l->channels_first ? INT_MAX / 8 : (INT_MAX / 2) / (widest + 1) / l->strides;
+  const int64_t longest = (l->channels_first ? INT_MAX / 8 : INT_MAX / 2 / (widest + 1)) / l->strides;
   int status = 0;
   for (int i = 0; i < l->variant_count && first < end && !status; ++i) {
     const tvm_sepconv_variant* variant = &l->variants[i];
@@ -225,7 +285,7 @@ static int run_steps(const call* c, int64_t n, int64_t first, int64_t end) {
     const int64_t most = longest / tile > 1 ? longest / tile * tile : tile; /* int32 indices */
     for (const int64_t stop = first + count; first < stop && !status;) {
       const int64_t part = stop - first < most ? stop - first : most;
-      status = run_kernel(c, variant, n, first, part);
+      status = run_variant(c, variant, n, first, first + part);
       first += part;
     }
   }
@@ -270,11 +330,12 @@ static int run(const tvm_sepconv_layer* layer, int64_t batch, int64_t steps, int
                tvm_sepconv_view x, tvm_sepconv_view y) {
   const tvm_sepconv_library* l = layer->library;
   if (batch <= 0 || out_steps <= 0) return TVM_SEPCONV_OK;
-  const int64_t rows = l->channels_first ? (l->channels > l->filters ? l->channels : l->filters) : 1;
-  const int64_t widest = x.row_stride > y.row_stride ? x.row_stride : y.row_stride;
+  /* A kernel indexes with 32 bits: what one call of the longest variant touches must span less than 2**30. */
   const int64_t longest_tile = l->variants[0].step_tile * (int64_t)l->strides + effective_kernel(l);
-  if (x.row_stride < 0 || y.row_stride < 0 ||
-      widest > INT_MAX / 2 / (l->channels_first ? rows : longest_tile))
+  const int64_t rows_x = l->channels_first ? l->channels : smaller(longest_tile, steps);
+  const int64_t rows_y = l->channels_first ? l->filters : smaller(l->variants[0].step_tile, out_steps);
+  if (x.row_stride < 0 || y.row_stride < 0 || (rows_x > 1 && x.row_stride > INT_MAX / 2 / rows_x) ||
+      (rows_y > 1 && y.row_stride > INT_MAX / 2 / rows_y))
     return fail(TVM_SEPCONV_ERROR_ARGUMENT,
                 "One sample spans 2**30 elements or more, or a stride is negative; split the steps.");
   call c = {layer, batch, steps, out_steps, left_padding(layer, steps), x, y, 0, 0, 0, 0};

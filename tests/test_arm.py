@@ -1,0 +1,131 @@
+"""Layers compiled for 64-bit ARM, called from C and run under an emulated Cortex-A53."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import native
+import pytest
+
+pytest.importorskip("tvm")
+
+from tvm_sepconv.compiler import build, link
+from tvm_sepconv.compiler.targets import cpu
+from tvm_sepconv.config import SepConvConfig
+
+TRIPLE = "aarch64-linux-gnu"
+# The oldest 64-bit core: an instruction of a later version of the architecture ends the program.
+QEMU = ["qemu-aarch64-static", "-cpu", "cortex-a53", "-L", f"/usr/{TRIPLE}"]
+
+# name: (layer, channels, (batch, steps) of one library)
+CASES = {
+    "SEED": (dict(filters=3, kernel_size=2, strides=2, activation="relu"), 12, [(4, 10), (1, 2)]),
+    "QN-C1": (
+        dict(filters=256, kernel_size=33, strides=2, padding="same", activation="relu"),
+        64, [(1, 1000), (1, 1)],
+    ),
+    "channels-first": (
+        dict(filters=10, kernel_size=5, strides=2, dilation_rate=2, padding=(3, 1),
+             data_format="channels_first", activation="gelu"),
+        7, [(2, 131), (1, 9)],
+    ),
+    "multiplier": (
+        dict(filters=24, kernel_size=3, padding="same", depth_multiplier=2, use_bias=False),
+        9, [(2, 70), (3, 1)],
+    ),
+    "float64": (
+        dict(filters=6, kernel_size=4, padding="same", activation="tanh", dtype="float64"),
+        5, [(2, 67)],
+    ),
+}  # fmt: skip
+
+needs_emulator = pytest.mark.skipif(
+    not shutil.which(QEMU[0]) or not shutil.which(f"{TRIPLE}-gcc"),
+    reason=f"needs {QEMU[0]} and a C library for aarch64 ({TRIPLE}-gcc)",
+)
+
+
+@pytest.fixture
+def only_zig(monkeypatch):
+    """No compiler but the one that pip installs."""
+    if importlib.util.find_spec("ziglang") is None:
+        pytest.skip("needs ziglang")
+    link.toolchain.cache_clear()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    yield
+    link.toolchain.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("host")
+    runtime = folder / "libtvm_sepconv_runtime.so"
+    link.toolchain.cache_clear()
+    build.build_runtime(cpu("aarch64-neon"), runtime)
+    native.compile_host(f"{TRIPLE}-gcc", runtime, folder / "host")
+    return folder / "host"
+
+
+def compiled(layer: SepConvConfig, channels: int, path: Path) -> Path:
+    config, target = layer.kernel_config(channels), cpu("aarch64-neon")
+    build.build_library(config, target, path, build.variants(config, target))
+    return path
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_is_right_on_a_cortex_a53(case, host, tmp_path):
+    arguments, channels, sizes = case
+    layer = SepConvConfig.parse(**arguments)
+    tensors = native.weights(layer, channels)
+    library = compiled(layer, channels, tmp_path / "layer.so")
+    for batch, steps in sizes:
+        x = native.inputs(layer, batch, steps, channels)
+        y = native.run_host([*QEMU, str(host)], library, layer, tensors, x, tmp_path)
+        native.check(y, x, layer, tensors)
+
+
+@needs_emulator
+def test_is_right_when_all_tools_came_from_pip(only_zig, tmp_path):
+    assert link.toolchain(TRIPLE).name == "zig"
+    arguments, channels, ((batch, steps), *_) = CASES["SEED"]
+    layer = SepConvConfig.parse(**arguments)
+    tensors = native.weights(layer, channels)
+    library = compiled(layer, channels, tmp_path / "layer.so")
+    runtime = tmp_path / "libtvm_sepconv_runtime.so"
+    build.build_runtime(cpu("aarch64-neon"), runtime)
+    native.compile_host(f"{TRIPLE}-gcc", runtime, tmp_path / "host")
+    x = native.inputs(layer, batch, steps, channels)
+    y = native.run_host([*QEMU, str(tmp_path / "host")], library, layer, tensors, x, tmp_path)
+    native.check(y, x, layer, tensors)
+
+
+@needs_emulator
+def test_the_emulated_core_refuses_newer_instructions(tmp_path):
+    # Armv8.1's atomic add: without this the runs above would show nothing about instruction sets.
+    (tmp_path / "new.c").write_text(
+        'int main(void) { long x = 0; __asm__ volatile("ldadd %0, %0, [%1]" : : "r"(x), "r"(&x)); }'
+    )
+    compile = [f"{TRIPLE}-gcc", "-march=armv8.1-a", "new.c", "-o", "new"]
+    subprocess.run(compile, cwd=tmp_path, check=True)
+    done = subprocess.run([*QEMU, str(tmp_path / "new")], capture_output=True)
+    assert done.returncode == -signal.SIGILL
+    newer = ["max" if word == "cortex-a53" else word for word in QEMU]
+    assert subprocess.run([*newer, str(tmp_path / "new")]).returncode == 0
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
+@pytest.mark.parametrize("tools", ["system", "zig"])
+def test_needs_nothing_but_a_c_library(tools, request, tmp_path):
+    if tools == "zig":
+        request.getfixturevalue("only_zig")
+    elif not shutil.which(f"{TRIPLE}-gcc"):
+        pytest.skip(f"needs {TRIPLE}-gcc")
+    build.build_runtime(cpu("aarch64-neon"), tmp_path / "runtime.so")
+    library = compiled(SepConvConfig.parse(3, 2), 12, tmp_path / "layer.so")
+    assert native.undefined(library) == set()
+    assert native.undefined(tmp_path / "runtime.so") <= native.C_LIBRARY

@@ -1,0 +1,1 @@
+"""The benchmark: our layers beside other people's frameworks and beside the machine's own limit."""
