@@ -511,3 +511,17 @@ def test_keys_tell_configs_apart():
 def test_wrong_kernel_configs(change, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         KernelConfig.from_dict({"channels": 2, "filters": 3, "kernel_size": 4, **change})
+
+
+@pytest.mark.parametrize(
+    "reach", [{"strides": 2**40}, {"dilation_rate": 2**29}, {"kernel_size": 2**24}], ids=str
+)
+def test_a_kernel_does_not_reach_beyond_its_scratch(reach: dict[str, int]) -> None:
+    config = SepConvConfig.parse(**{"filters": 8, "kernel_size": 3, "padding": "same", **reach})
+    with pytest.raises(ValueError, match="reach too far for a compiled kernel: .* Subsample"):
+        config.kernel_config(16)
+
+
+def test_a_kernel_may_reach_far() -> None:
+    config = SepConvConfig.parse(8, 3, dilation_rate=2**16, padding="same")
+    assert config.kernel_config(256).effective_kernel == 2**17 + 1

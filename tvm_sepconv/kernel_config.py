@@ -11,6 +11,12 @@ from tvm_sepconv import activations, arguments
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
+# A kernel holds the input of a few steps at a time, with all taps, in each thread's scratch, and
+# indexes it with 32 bits. Published layers stay below 2 MiB; this is where a call could take a
+# machine's memory away.
+SCRATCH_LIMIT_BYTES = 2**30
+_SCRATCH_STEPS = 32
+
 
 @dataclass(frozen=True)
 class KernelConfig:
@@ -54,6 +60,17 @@ class KernelConfig:
                     f"Invalid value for argument `{name}`. Expected one of {allowed}. "
                     f"Received {name}={getattr(self, name)}."
                 )
+
+        rows = _SCRATCH_STEPS * self.strides + self.effective_kernel
+        scratch_bytes = 8 * rows * (self.channels + 64)
+        if scratch_bytes > SCRATCH_LIMIT_BYTES:
+            raise ValueError(
+                "The `strides`, `kernel_size` and `dilation_rate` arguments reach too far for a "
+                f"compiled kernel: {rows} steps of {self.channels} channels take {scratch_bytes} "
+                f"bytes of scratch memory, at most {SCRATCH_LIMIT_BYTES} are allowed. Received: "
+                f"strides={self.strides}, kernel_size={self.kernel_size}, "
+                f"dilation_rate={self.dilation_rate}. Subsample the steps or split the channels"
+            )
 
     @property
     def mid_channels(self) -> int:

@@ -55,7 +55,9 @@ def scheduled(
     return fuse(sch, config, lanes, tiling, interior).mod["main"]
 
 
-def compile_kernels(functions: dict[str, tvm.tirx.PrimFunc], target: CpuTarget) -> tvm.runtime.Module:
+def compile_kernels(
+    functions: dict[str, tvm.tirx.PrimFunc], target: CpuTarget
+) -> tvm.runtime.Module:
     """Compile scheduled functions under their names.
 
     Argument checks are the runtime's, with messages of ours, so TVM's assertions are left out; with
@@ -136,9 +138,7 @@ def _ffi_include() -> Path:
     return Path(tvm_ffi.libinfo.find_include_path())
 
 
-def _description(
-    config: KernelConfig, target: CpuTarget, variants: tuple[Variant, ...]
-) -> str:
+def _description(config: KernelConfig, target: CpuTarget, variants: tuple[Variant, ...]) -> str:
     """The C file that makes a library describe itself to the runtime."""
     bits, bfloat = _FORMATS[config.dtype]
     lanes = target.lanes(config.accumulation_dtype)

@@ -110,9 +110,7 @@ class _Arguments:
         return [x, self.depthwise, self.pointwise, *bias, self.left, output]
 
 
-def _channels_last(
-    config: KernelConfig, lanes: int, interior: bool
-) -> list[te.Tensor | tirx.Var]:
+def _channels_last(config: KernelConfig, lanes: int, interior: bool) -> list[te.Tensor | tirx.Var]:
     a = _Arguments(config, lanes)
     acc, m, c = config.accumulation_dtype, config.depth_multiplier, config.channels
     stride, dilation = config.strides, config.dilation_rate
@@ -127,9 +125,7 @@ def _channels_last(
     if not interior:
         source = te.compute(
             (a.batch, a.long_steps * stride + a.halo + MAX_STEP_TILE * stride, lined),
-            lambda n, r, ch: te.if_then_else(
-                te.all(a.inside(r), ch < c), read(n, r, ch), a.zero
-            ),
+            lambda n, r, ch: te.if_then_else(te.all(a.inside(r), ch < c), read(n, r, ch), a.zero),
             name="pad",
         )
     depthwise = te.compute(

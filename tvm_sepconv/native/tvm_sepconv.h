@@ -5,6 +5,9 @@
  * call does not allocate once a thread's scratch has grown to what its layers need. Functions that
  * return a status give TVM_SEPCONV_OK or one of the codes below, and tvm_sepconv_last_error() then
  * says in words what was expected and what came.
+ *
+ * The runtime library names no C library, so that one build serves old and new systems: a host program on a
+ * system with a glibc before 2.34 links with -ldl -lpthread.
  */
 #ifndef TVM_SEPCONV_H_
 #define TVM_SEPCONV_H_
