@@ -36,7 +36,14 @@ static struct {
   _Alignas(64) unsigned job;
   _Alignas(64) uint64_t next;     /* job number << 32 | number of tasks << 16 | next task */
   _Alignas(64) int pending;        /* tasks not finished */
+  cpu_set_t allowed;               /* where the caller that woke the workers may run */
 } pool;
+
+static struct {
+  int thread;     /* its id, 0 until it runs */
+  int barred;     /* from the CPU of a caller */
+  unsigned start; /* the job before its first */
+} workers[MAX_WORKERS];
 
 static void futex_wait(unsigned* word, unsigned seen) {
   syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
@@ -148,8 +155,10 @@ static void take_tasks(void) {
   }
 }
 
-static void* worker(void* start) {
-  unsigned seen = (unsigned)(uintptr_t)start;
+static void* worker(void* index) {
+  const uintptr_t self = (uintptr_t)index;
+  unsigned seen = workers[self].start;
+  __atomic_store_n(&workers[self].thread, (int)syscall(SYS_gettid), __ATOMIC_RELAXED);
   for (;;) {
     int spins = 0;
     while (__atomic_load_n(&pool.job, __ATOMIC_ACQUIRE) == seen && ++spins < SPINS) relax();
@@ -157,6 +166,10 @@ static void* worker(void* start) {
       __atomic_add_fetch(&pool.sleepers, 1, __ATOMIC_SEQ_CST);
       while (__atomic_load_n(&pool.job, __ATOMIC_SEQ_CST) == seen) futex_wait(&pool.job, seen);
       __atomic_sub_fetch(&pool.sleepers, 1, __ATOMIC_SEQ_CST);
+    }
+    if (__atomic_load_n(&workers[self].barred, __ATOMIC_RELAXED)) {
+      __atomic_store_n(&workers[self].barred, 0, __ATOMIC_RELAXED);
+      sched_setaffinity(0, sizeof pool.allowed, &pool.allowed);
     }
     seen = __atomic_load_n(&pool.job, __ATOMIC_ACQUIRE);
     take_tasks();
@@ -180,7 +193,9 @@ static void start_workers(int wanted) {
   pthread_sigmask(SIG_SETMASK, &all, &before);
   while (pool.workers < wanted) {
     pthread_t thread;
-    if (pthread_create(&thread, NULL, worker, (void*)(uintptr_t)pool.job)) break;
+    workers[pool.workers].thread = workers[pool.workers].barred = 0;
+    workers[pool.workers].start = pool.job;
+    if (pthread_create(&thread, NULL, worker, (void*)(uintptr_t)pool.workers)) break;
     pthread_detach(thread);
     ++pool.workers;
   }
@@ -199,6 +214,24 @@ static int acquire(void) {
   return !__atomic_exchange_n(&pool.busy, 1, __ATOMIC_ACQUIRE);
 }
 
+/* Linux may wake a worker on the CPU of the caller, which is about to be busy, and leave it there for some
+ * milliseconds while others idle: seen with 6.18 on two CPUs, where every call after a pause of 20 ms took
+ * twice its time. So sleeping workers are first barred from that CPU; awake, they lift the bar themselves. */
+static void steer_away(void) {
+  enum { MOST = 15 }; /* with more CPUs than that, idle ones are found */
+  cpu_set_t others;
+  const int cpu = sched_getcpu();
+  if (cpu < 0 || pool.workers > MOST || sched_getaffinity(0, sizeof others, &others)) return;
+  if (CPU_COUNT(&others) < 2) return;
+  pool.allowed = others;
+  CPU_CLR(cpu, &others);
+  for (int i = 0; i < pool.workers; ++i) {
+    const int thread = __atomic_load_n(&workers[i].thread, __ATOMIC_RELAXED);
+    if (!thread || sched_setaffinity(thread, sizeof others, &others)) continue;
+    __atomic_store_n(&workers[i].barred, 1, __ATOMIC_RELAXED);
+  }
+}
+
 void pool_run(void (*task)(void*, int), void* context, int count) {
   if (count < 2 || !acquire()) {
     for (int index = 0; index < count; ++index) task(context, index);
@@ -211,7 +244,10 @@ void pool_run(void (*task)(void*, int), void* context, int count) {
   const uint64_t job = (uint64_t)(pool.job + 1) << 32 | (uint64_t)count << 16;
   __atomic_store_n(&pool.next, job, __ATOMIC_RELEASE);
   __atomic_add_fetch(&pool.job, 1, __ATOMIC_SEQ_CST);
-  if (__atomic_load_n(&pool.sleepers, __ATOMIC_SEQ_CST)) futex_wake(&pool.job, count - 1);
+  if (__atomic_load_n(&pool.sleepers, __ATOMIC_SEQ_CST)) {
+    steer_away();
+    futex_wake(&pool.job, count - 1);
+  }
   take_tasks();
   for (int spins = 0; __atomic_load_n(&pool.pending, __ATOMIC_ACQUIRE);)
     if (++spins < SPINS) relax();
