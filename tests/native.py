@@ -21,7 +21,7 @@ C_LIBRARY = {
     "dlsym", "fclose", "fgets", "fopen", "fread", "free", "fseek", "ftell", "getenv", "getpid",
     "memcpy", "memmove", "memset", "posix_memalign", "pthread_create", "pthread_detach",
     "pthread_key_create", "pthread_once", "pthread_setspecific", "pthread_sigmask",
-    "sched_getaffinity", "sched_yield", "sigfillset",
+    "sched_getaffinity", "sched_getcpu", "sched_setaffinity", "sched_yield", "sigfillset",
     "snprintf", "strcspn", "strlen", "syscall", "vsnprintf",
     "__getauxval", "getauxval",  # GCC's atomics on aarch64
 }  # fmt: skip

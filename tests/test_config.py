@@ -518,7 +518,7 @@ def test_wrong_kernel_configs(change, message):
 )
 def test_a_kernel_does_not_reach_beyond_its_scratch(reach: dict[str, int]) -> None:
     config = SepConvConfig.parse(**{"filters": 8, "kernel_size": 3, "padding": "same", **reach})
-    with pytest.raises(ValueError, match="reach too far for a compiled kernel: .* Subsample"):
+    with pytest.raises(ValueError, match=r"reach too far for a compiled kernel: .* Subsample"):
         config.kernel_config(16)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_sepconv import activations, jit, tensors
-from tvm_sepconv.bundle import open_bundle
+from tvm_sepconv.bundle import BundleError, open_bundle
 from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.options import BuildOptions
 from tvm_sepconv.runtime import CompiledLayer
@@ -20,7 +22,7 @@ from tvm_sepconv.variable import Variable
 Array = npt.NDArray[Any]
 Shape = tuple[int | None, ...]
 
-_WEIGHTS = ("depthwise_kernel", "pointwise_kernel", "bias")
+WEIGHTS = ("depthwise_kernel", "pointwise_kernel", "bias")
 # Exact up to this effort, "yes" beyond: views may be interleaved without sharing an element.
 _OVERLAP_WORK: Any = 10_000
 
@@ -37,6 +39,9 @@ class SeparableConv1D:
     same kind in the layer's compute dtype; a nested list gives an array. Threads may share a layer.
     """
 
+    # The arguments are spelled out once, where they are parsed.
+    __signature__ = inspect.signature(SepConvConfig.parse)
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._set_up(SepConvConfig.parse(*args, **kwargs))
 
@@ -51,6 +56,7 @@ class SeparableConv1D:
         self._channels: int | None = None
         self._options = BuildOptions()
         self._library: tuple[Path, Path] | None = None
+        self._origin: tuple[Path, str, str] | None = None  # the bundle that the library is from
         self._compiled: CompiledLayer | None = None
         self._activity_loss: Any = None
         self._lock = threading.RLock()
@@ -87,7 +93,7 @@ class SeparableConv1D:
                 (config.pointwise_initializer, config.pointwise_shape(channels)),
                 (config.bias_initializer, config.bias_shape),
             ]
-            names = _WEIGHTS[: 2 + config.use_bias]
+            names = WEIGHTS[: 2 + config.use_bias]
             for name, (initializer, shape) in zip(names, initial, strict=False):
                 value = np.asarray(initializer(shape, dtype=config.variable_dtype))
                 setattr(self, name, Variable(name, value, self._weights_changed))
@@ -211,6 +217,7 @@ class SeparableConv1D:
             assert self._channels is not None
             library = jit.library(self.config.kernel_config(self._channels), options.target)
             self._options, self._library, self._compiled = options, library, None
+            self._origin = None
             self._ready()
 
     def _ready(self) -> CompiledLayer:
@@ -228,12 +235,15 @@ class SeparableConv1D:
             return self._compiled
 
     def save(self, path: str | Path, targets: Sequence[str] | None = None) -> None:
-        """Write a bundle of this layer; see `save`."""
-        save({self.name: self}, path, targets)
+        """Write a bundle of this layer to the folder `path`; see `tvm_sepconv.save`."""
+        self._need_built("save")
+        content = self.config, {v.name: v.numpy() for v in self.weights}
+        package = jit.compiler("tvm_sepconv.compiler.package")
+        package.write_bundle({self.name: content}, path, targets)
 
     # ---- calling -----------------------------------------------------------------------------
 
-    def __call__(self, inputs: Any, out: Any = None) -> Any:
+    def __call__(self, inputs: Any, out: Any = None, *, training: bool | None = None) -> Any:
         """Apply the layer, building and compiling it first if need be.
 
         Parameters
@@ -243,6 +253,8 @@ class SeparableConv1D:
         out
             An array to write into: the output's shape and dtype, writable, no memory in common with
             the inputs. It is returned.
+        training
+            As in Keras, makes no difference to this layer.
 
         Raises
         ------
@@ -338,7 +350,7 @@ class SeparableConv1D:
             "config": self.config,
             "channels": self._channels,
             "weights": self.get_weights(),
-            "library": self._library,
+            "origin": self._origin,
             "options": self._options,
             "trainable": self.trainable,
         }
@@ -348,77 +360,26 @@ class SeparableConv1D:
         self._options, self.trainable = state["options"], state["trainable"]
         if state["channels"] is not None:
             self._restore(state["channels"], state["weights"])
-        # Unpickled elsewhere or later, the files may be gone: then it is compiled again.
-        if state["library"] is not None and all(path.is_file() for path in state["library"]):
-            self._library = state["library"]
+        if state["origin"] is not None:
+            # Unpickled elsewhere or later, the bundle may be gone or of no use: compile then.
+            with contextlib.suppress(BundleError):
+                self._use_bundle(*state["origin"])
 
     def _restore(self, channels: int, weights: Sequence[Array]) -> None:
         """Become built with these weights, without drawing initial ones."""
-        for name, value in zip(_WEIGHTS, weights, strict=False):
+        for name, value in zip(WEIGHTS, weights, strict=False):
             setattr(self, name, Variable(name, value, self._weights_changed))
         self._channels = channels
 
+    def _use_bundle(self, path: Path, target: str, name: str) -> None:
+        """Run the library that the layer `name` of a bundle has for `target`; verifies it."""
+        bundle, chosen = open_bundle(path, target)
+        runtime, libraries = bundle.libraries(chosen)
+        self._library = libraries[name], runtime
+        self._origin = bundle.path, chosen, name
+
     def __repr__(self) -> str:
         return f"<SeparableConv1D name={self.name}, built={self.built}>"
-
-
-def save(
-    layers: Mapping[str, SeparableConv1D], path: str | Path, targets: Sequence[str] | None = None
-) -> None:
-    """Write a bundle of several layers, by name, to the folder `path`.
-
-    Parameters
-    ----------
-    targets
-        Names such as "x86_64-avx2" or "aarch64-neon"; None for every level of this host's family.
-
-    Raises
-    ------
-    ValueError
-        If a layer is not built or a target unknown.
-    RuntimeError
-        If the compiler is not installed, naming the extra, or a linker is missing.
-    """
-    for layer in layers.values():
-        layer._need_built("save")
-    write_bundle = jit.compiler("tvm_sepconv.compiler.package").write_bundle
-    contents = {
-        name: (layer.config, {v.name: v.numpy() for v in layer.weights})
-        for name, layer in layers.items()
-    }
-    write_bundle(contents, path, targets)
-
-
-def load(path: str | Path, target: str | None = None) -> Any:
-    """Load the layers of a bundle with the best libraries this machine can run.
-
-    Parameters
-    ----------
-    target
-        Use the libraries of this target instead.
-
-    Returns
-    -------
-    SeparableConv1D or dict
-        The layer, or, if the bundle has several, the layers by name.
-
-    Raises
-    ------
-    BundleError
-        If the bundle is damaged, of a newer format, or has no library for this machine.
-    """
-    bundle, chosen = open_bundle(path, target)
-    runtime, libraries = bundle.libraries(chosen)
-    weights = bundle.weights()
-    layers = {}
-    for name, config in bundle.layers.items():
-        layer = SeparableConv1D._of(config)
-        values = [weights[name][k] for k in _WEIGHTS[: 2 + config.use_bias]]
-        layer._restore(values[0].shape[1], values)
-        layer._library = libraries[name], runtime
-        layer._ready()
-        layers[name] = layer
-    return next(iter(layers.values())) if len(layers) == 1 else layers
 
 
 def layer_separable_conv_1d(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -13,7 +14,7 @@ import tvm_ffi.libinfo
 from tvm.s_tir import Schedule
 
 from tvm_sepconv.compiler import compute, logs
-from tvm_sepconv.compiler.link import toolchain
+from tvm_sepconv.compiler.link import Toolchain, toolchain
 from tvm_sepconv.compiler.schedules.cpu import Tiling, cost, fuse, reads_in_place
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.config import KernelConfig
@@ -122,12 +123,18 @@ def build_library(
 
 def build_runtime(target: CpuTarget, output: Path) -> None:
     """Write the runtime library that serves every library of the target's architecture."""
-    tools = toolchain(target.triple)
+    output.write_bytes(_runtime(toolchain(target.triple)))
+
+
+@functools.cache
+def _runtime(tools: Toolchain) -> bytes:
     with tempfile.TemporaryDirectory() as folder, as_file(_native()) as native:
         objects = [Path(folder, source).with_suffix(".o") for source in RUNTIME_SOURCES]
         for source, result in zip(RUNTIME_SOURCES, objects, strict=True):
             tools.object_file(native / source, result, (_ffi_include(),))
-        tools.shared_library(objects, output)
+        library = Path(folder, "runtime.so")
+        tools.shared_library(objects, library)
+        return library.read_bytes()
 
 
 def _native() -> Any:

@@ -7,6 +7,7 @@ carry the names that schedules look for: ``pad depthwise pointwise activation ou
 
 from __future__ import annotations
 
+import functools
 import re
 
 import tvm
@@ -52,6 +53,7 @@ def has_interior(config: KernelConfig) -> bool:
     return config.data_format == "channels_last" or config.strides == 1
 
 
+@functools.lru_cache(maxsize=64)  # a library's variants are schedules of the same one or two
 def sepconv1d(config: KernelConfig, lanes: int, interior: bool = False) -> PrimFunc:
     """SeparableConv1D as a schedulable function of NumPy-like buffers.
 
