@@ -572,7 +572,7 @@ def test_scratch_and_weights_do_not_pile_up():
 
 
 def test_a_call_without_memory_fails_alone():
-    # Its scratch is 130 MB, more than there is. Nothing of it may be left over, nor asked for by the next call.
+    # Its scratch is 130 MB, more than there is. Nothing of it may be left, nor asked for again.
     code = """
         import native, numpy as np, resource, tvm_sepconv
         layer = native.layer_of(64, filters=2, kernel_size=2, dilation_rate=2**19, padding="same")

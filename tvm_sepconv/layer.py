@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +47,8 @@ class SeparableConv1D:
         self._set_up(SepConvConfig.parse(*args, **kwargs))
 
     def _set_up(self, config: SepConvConfig) -> None:
+        if "bfloat16" in config.dtype:
+            _need_bfloat16()
         self.config = config
         self.name = config.name
         self.trainable = config.trainable
@@ -380,6 +383,15 @@ class SeparableConv1D:
 
     def __repr__(self) -> str:
         return f"<SeparableConv1D name={self.name}, built={self.built}>"
+
+
+def _need_bfloat16() -> None:
+    try:
+        importlib.import_module("ml_dtypes")  # gives NumPy the dtype
+    except ImportError as error:
+        raise ImportError(
+            "The dtype bfloat16 needs a package that adds it to NumPy: pip install ml_dtypes"
+        ) from error
 
 
 def layer_separable_conv_1d(
