@@ -3,8 +3,8 @@
 #   make demo                      name the speaker in 370 recordings through compiled layers
 #   make test                      the tests; test-all adds the full tables
 #   make check                     lint, format and types
-#   make tune TARGET=x86           tune; also TRIALS=8 MINUTES=10 WORKLOADS=QN-B1,QN-C1
-#   make build TARGET=x86          build
+#   make tune TARGET=x86           search faster kernels on this machine, records into tuning_logs/; also TRIALS=8 MINUTES=10 WORKLOADS=QN-B1,QN-C1
+#   make build TARGET=x86          compile layers of the workload table, with the records there are
 #   make bench                     time beside ONNX Runtime; also WORKLOADS=QN-B1,QN-C1 THREADS=2
 #   make wheel                     dist/*.whl
 #   make setup                     everything the above need, into .venv (each of them does its own part by itself)
@@ -13,6 +13,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 TARGET ?= x86
+# Test files side by side on all processors.
+WORKERS ?= -n auto --dist loadfile
 
 # What each set of commands needs. A machine without a C compiler gets ziglang to link with; `dev` has it
 # anyway, since the tests link with both.
@@ -37,10 +39,10 @@ demo: $(VENV)/.has-demo
 	$(VENV)/bin/python -m tvm_sepconv.demo
 
 test: $(VENV)/.has-dev
-	$(VENV)/bin/python -m pytest -m "not full"
+	$(VENV)/bin/python -m pytest -m "not full" $(WORKERS)
 
 test-all: $(VENV)/.has-dev
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(WORKERS)
 
 check: $(VENV)/.has-dev
 	$(VENV)/bin/ruff check

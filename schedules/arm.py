@@ -1,8 +1,8 @@
 """ARM: NEON's units and default tilings, in their first, simple form.
 
-The fused CPU schedule as it is, with four float32 lanes. AArch64 has 32 registers: 8 x 2 vectors
-of accumulators leave room for the weights and broadcasts; Armv7 has 16: 6 x 2. Lane-wise
-multiply-add, in-order cores and half precision are not considered yet.
+The fused CPU schedule as it is, with four float32 lanes. AArch64's 32 registers take the
+register tiles of AVX-512, Armv7's 16 those of AVX2 (see x86.py). Lane-wise multiply-add, in-order
+cores and half precision are not considered yet.
 """
 
 from __future__ import annotations

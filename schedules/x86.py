@@ -1,16 +1,18 @@
 """x86: instruction sets and default tilings, argued from registers and caches.
 
-Accumulators of the pointwise stage live in registers: rows x vectors of them, beside one
-vector of weights per column and the broadcast of one element per row, which AVX-512 folds into the
-multiply-add.
+For channels_last; `cpu.tilings` derives the variants from these numbers. Accumulators of the
+pointwise stage live in registers: rows x vectors of them, beside one vector of weights per column
+and the broadcast of one element per row, which AVX-512 folds into the multiply-add.
 
 ======== ========= ===== ===========================================================
 ISA      registers lanes register tile (rows x vectors)
 ======== ========= ===== ===========================================================
-SSE4.2   16        4     6 x 2: 12 accumulators, 2 weights, 2 for multiply, then add
-AVX2     16        8     6 x 2: 12 accumulators, 2 weights, 1 broadcast
+SSE4.2   16        4     6 x 2: 12 accumulators, 2 weights, 2 to multiply, then add; 8 x 1
+AVX2     16        8     6 x 2: 12 accumulators, 2 weights, 1 broadcast; 8 x 1
 AVX-512  32        16    4 x 4, 8 x 3, 8 x 2 or 16 x 1: whichever divides the filters
 ======== ========= ===== ===========================================================
+
+Of the tiles given, the first whose vectors divide the vectors of filters.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -242,7 +243,7 @@ def compiled(request, tmp_path_factory):
     wanted = []
     for item in request.session.items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if "compiled" in getattr(item, "fixturenames", ()):
+        if item.path == Path(__file__) and "compiled" in getattr(item, "fixturenames", ()):
             wanted += [params["case"]] if "case" in params else part_of_draws(params["part"])
     groups = in_bundles(wanted)
     with concurrent.futures.ProcessPoolExecutor(

@@ -376,6 +376,31 @@ def test_a_pickle_outlives_its_library(tmp_path, monkeypatch):
     np.testing.assert_array_equal(pickle.loads(pickled)(inputs()), y)
 
 
+def test_a_pickle_does_not_trust_a_bundle_saved_anew(tmp_path):
+    layer = layer_of()
+    layer.save(tmp_path / "bundle", [targets.runnable()[0]])
+    loaded = load(tmp_path / "bundle")
+    y, pickled = loaded(inputs()), pickle.dumps(loaded)
+    other = SeparableConv1D(5, 3, name=layer.name)
+    other.build((None, None, 7))
+    other.save(tmp_path / "bundle", [targets.runnable()[0]])
+    again = pickle.loads(pickled)
+    assert again._origin is None
+    np.testing.assert_array_equal(again(inputs()), y)
+
+
+def test_a_bundle_keeps_trainable(tmp_path):
+    layer = layer_of()
+    layer.trainable = False
+    layer.save(tmp_path / "bundle", [targets.runnable()[0]])
+    assert not load(tmp_path / "bundle").trainable
+
+
+def test_training_makes_no_difference():
+    layer = layer_of()
+    np.testing.assert_array_equal(layer(inputs(), training=True), layer(inputs()))
+
+
 @pytest.mark.parametrize("data_format", FORMATS)
 def test_save_and_load(data_format, tmp_path):
     first = data_format == "channels_first"  # where glu halves the steps
@@ -397,3 +422,11 @@ def test_variables_need_no_layer():
     variable = Variable("v", np.zeros(2, np.float32), lambda: changes.append(1))
     variable.assign([1, 2])
     assert changes == [1] and variable.numpy().tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "target", ["sm_80", "x86_64-avx2@", "aarch64-neon@", "x86_64-avx2@cortex-a53"]
+)
+def test_targets_that_there_are_not(target):
+    with pytest.raises(ValueError, match="The `target` argument must be one of"):
+        targets.resolve(target)

@@ -187,7 +187,8 @@ def test_spans_that_32_bit_indices_cannot_reach_are_refused(layout):
 
     for rows in [(2**30, 12), (12, 2**30), (2**62, 2**62), (-12, 12), (12, -1)]:
         assert status(*rows) == STATUS["argument"], rows
-        assert b"2**30" in c.tvm_sepconv_last_error()
+        reason = b"2**30" if min(rows) > 0 else b"must not be negative"
+        assert reason in c.tvm_sepconv_last_error()
     assert status(2**30, 2**30, batch=0) == 0
     assert status(2**30, 2**30, steps=0) == 0
     c.tvm_sepconv_layer_destroy(handle)

@@ -8,8 +8,8 @@
     lib/<arch>/libtvm_sepconv_runtime.so
     lib/<target>/<key>.so    one library serves every layer of equal kernel config
 
-Everything is verified before anything is opened. The hashes detect damage, not malice: a bundle is
-native code, so load only what you would run.
+Every file that will be used is verified before any is opened. The hashes detect damage, not
+malice: a bundle is native code, so load only what you would run.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Libraries compiled on first use, kept in a cache; a cached one is found without the compiler.
+"""Libraries compiled on first use, kept in a cache; a cached one is found without loading TVM.
 
 The cache is ``$TVM_SEPCONV_CACHE``, else ``$XDG_CACHE_HOME/tvm_sepconv`` or
-``~/.cache/tvm_sepconv``. An entry is keyed by everything its code depends on, written under
-another name and renamed when it is complete, so that concurrent processes never see half of one.
+``~/.cache/tvm_sepconv``. An entry is keyed by all of ours and TVM's that its code depends on,
+written under another name and renamed when it is complete, so that concurrent processes never see
+half of one.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def library(config: KernelConfig, target: str | None = None) -> tuple[Path, Path
     Raises
     ------
     RuntimeError
-        If nothing is cached and the compiler is not installed, or no linker is found.
+        If the compiler is not installed, cached or not, or no linker is found.
     ValueError
         If `target` is unknown or cannot run here.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import inspect
 import threading
@@ -41,7 +42,9 @@ class SeparableConv1D:
     """
 
     # The arguments are spelled out once, where they are parsed.
-    __signature__ = inspect.signature(SepConvConfig.parse)
+    __signature__ = inspect.signature(SepConvConfig.parse).replace(
+        return_annotation=inspect.Signature.empty
+    )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._set_up(SepConvConfig.parse(*args, **kwargs))
@@ -240,9 +243,13 @@ class SeparableConv1D:
     def save(self, path: str | Path, targets: Sequence[str] | None = None) -> None:
         """Write a bundle of this layer to the folder `path`; see `tvm_sepconv.save`."""
         self._need_built("save")
-        content = self.config, {v.name: v.numpy() for v in self.weights}
         package = jit.compiler("tvm_sepconv.compiler.package")
-        package.write_bundle({self.name: content}, path, targets)
+        package.write_bundle({self.name: self._content()}, path, targets)
+
+    def _content(self) -> tuple[SepConvConfig, dict[str, Array]]:
+        """What a bundle keeps of the layer."""
+        config = dataclasses.replace(self.config, trainable=self.trainable)
+        return config, {v.name: v.numpy() for v in self.weights}
 
     # ---- calling -----------------------------------------------------------------------------
 
@@ -269,21 +276,21 @@ class SeparableConv1D:
             If the layer has to be compiled and cannot be.
         """
         compiled = self._compiled
-        arrays = type(inputs) is np.ndarray and (out is None or type(out) is np.ndarray)
-        if compiled is None or not arrays or inputs.ndim != 3:
+        writable = out is None or (type(out) is np.ndarray and out.flags.writeable)
+        arrays = type(inputs) is np.ndarray and writable
+        if compiled is None or not self._plain or not arrays or inputs.ndim != 3:
             return self._call_any(inputs, out)
         # The short way, for what needs no conversion: the runtime checks both tensors and runs. All
         # that it does not take, wrong or merely unusual, goes the long way: explained or converted.
-        shape = inputs.shape
-        if shape != self._last_shapes[0]:
-            self._last_shapes = shape, self._kernel_output_shape(shape)
-        y = np.empty(self._last_shapes[1], self._native_dtype) if out is None else out
-        if self._plain:
-            try:
-                if compiled.call(compiled.handle, inputs, y) == 0:
-                    return y
-            except (BufferError, TypeError, RuntimeError):
-                pass  # DLPack refuses read-only arrays, foreign byte orders, objects …
+        last = self._last_shapes
+        if inputs.shape != last[0]:
+            last = self._last_shapes = inputs.shape, self._kernel_output_shape(inputs.shape)
+        y = np.empty(last[1], self._native_dtype) if out is None else out
+        try:
+            if compiled.call(compiled.handle, inputs, y) == 0:
+                return y
+        except (BufferError, TypeError, RuntimeError):
+            pass  # DLPack refuses read-only arrays, foreign byte orders, objects …
         return self._call_any(inputs, out)
 
     call = __call__
@@ -377,6 +384,11 @@ class SeparableConv1D:
     def _use_bundle(self, path: Path, target: str, name: str) -> None:
         """Run the library that the layer `name` of a bundle has for `target`; verifies it."""
         bundle, chosen = open_bundle(path, target)
+        assert self._channels is not None
+        wanted = self.config.kernel_config(self._channels).key
+        entry = bundle.manifest["layers"].get(name, {})
+        if entry.get("library") != wanted:  # saved anew since: its library is of other shapes
+            raise BundleError(f"{path} no longer has a layer '{name}' with the kernel {wanted}")
         runtime, libraries = bundle.libraries(chosen)
         self._library = libraries[name], runtime
         self._origin = bundle.path, chosen, name
@@ -420,3 +432,9 @@ def layer_separable_conv_1d(
         object.add(layer)
         return object
     return layer(object)
+
+
+_first = inspect.Parameter("object", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+layer_separable_conv_1d.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [_first, *SeparableConv1D.__signature__.parameters.values()]
+)

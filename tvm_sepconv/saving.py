@@ -30,10 +30,7 @@ def save(
     """
     for layer in layers.values():
         layer._need_built("save")
-    contents = {
-        name: (layer.config, {v.name: v.numpy() for v in layer.weights})
-        for name, layer in layers.items()
-    }
+    contents = {name: layer._content() for name, layer in layers.items()}
     package = jit.compiler("tvm_sepconv.compiler.package")
     package.write_bundle(contents, path, targets)
 

@@ -11,7 +11,7 @@ import platform
 from pathlib import Path
 
 # Flags of /proc/cpuinfo that a library of that instruction set needs: x86-64-v2, -v3, -v4, Armv8.0,
-# Armv8.2 with half precision, Armv7 with NEON and VFPv4. Worst to best within a machine.
+# Armv8.2 with half precision. Worst to best within a machine.
 FEATURES: dict[str, tuple[str, ...]] = {
     "x86_64-sse42": ("cx16", "lahf_lm", "popcnt", "sse4_1", "sse4_2", "ssse3"),
     "x86_64-avx2": ("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"),
@@ -92,10 +92,9 @@ def resolve(name: str) -> str:
         return levels[0] if levels else "x86_64-avx2"
     name = _SHORT.get(name, name)
     isa, _, core = name.partition("@")
-    known_core = core in CORES if isa.startswith("a") else not core
-    if name == "cuda" or name.removeprefix("cuda-") in CUDA_ARCHS or (
-        isa in FEATURES and (known_core or "@" not in name)
-    ):  # fmt: skip
+    cores = CORES if isa.startswith("a") else ()
+    cuda = ("cuda", *(f"cuda-{arch}" for arch in CUDA_ARCHS))
+    if name in cuda or (isa in FEATURES and ("@" not in name or core in cores)):
         return name
     raise ValueError(
         f"The `target` argument must be one of {sorted(FEATURES)}, for ARM with "

@@ -58,7 +58,14 @@ def _from_dlpack(value: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
         # NumPy's DLPack has no bfloat16; JAX hands one out as an array of ml_dtypes all the same.
         if not hasattr(value, "__array__"):
             raise
+    try:
         return np.asarray(value), back
+    except TypeError as error:
+        raise TypeError(
+            f"The `{name}` argument must have a dtype that NumPy has. Received: a "
+            f"{type(value).__name__} of {getattr(value, 'dtype', 'unknown dtype')}; convert it to "
+            "float32 first"
+        ) from error
 
 
 def _back(value: Any) -> Callable[[Array], Any]:

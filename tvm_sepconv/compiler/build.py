@@ -18,8 +18,8 @@ from tvm_sepconv.compiler.link import Toolchain, toolchain
 from tvm_sepconv.compiler.schedules.cpu import Tiling, cost, fuse, reads_in_place
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.config import KernelConfig
+from tvm_sepconv.runtime import ABI
 
-ABI = 1  # TVM_SEPCONV_ABI of native/tvm_sepconv.h; a test compares them
 RUNTIME_SOURCES = ("runtime.c", "pool.c", "ffi.c")
 _FORMATS = {"float16": (16, 0), "bfloat16": (16, 1), "float32": (32, 0), "float64": (64, 0)}
 
@@ -123,7 +123,9 @@ def build_library(
 
 def build_runtime(target: CpuTarget, output: Path) -> None:
     """Write the runtime library that serves every library of the target's architecture."""
-    output.write_bytes(_runtime(toolchain(target.triple)))
+    new = output.with_name(f".{output.name}.new")  # a running program may have the old one mapped
+    new.write_bytes(_runtime(toolchain(target.triple)))
+    new.replace(output)
 
 
 @functools.cache

@@ -58,12 +58,12 @@ def toolchain(triple: str) -> Toolchain:
         If there is neither a C compiler for it nor the `[cross]` extra; names both ways out.
     """
     native = triple.split("-")[0] == targets.machine()
-    for command in ("cc",) if native else (f"{triple}-gcc",):
-        if shutil.which(command):
-            # GCC calls atomics (aarch64) and divisions (armv7) out of line; x86-64 needs nothing.
-            helpers = () if triple.startswith("x86_64") else ("-lgcc",)
-            link = (command, "-nostdlib", "-Wl,-Bsymbolic")
-            return Toolchain(command, (command,), link, helpers)
+    command = "cc" if native else f"{triple}-gcc"
+    if shutil.which(command):
+        # GCC calls atomics (aarch64) and divisions (armv7) out of line; x86-64 needs nothing.
+        helpers = () if triple.startswith("x86_64") else ("-lgcc",)
+        link = (command, "-nostdlib", "-Wl,-Bsymbolic")
+        return Toolchain(command, (command,), link, helpers)
     if importlib.util.find_spec("ziglang") is not None:
         zig = (sys.executable, "-m", "ziglang")
         return Toolchain("zig", (*zig, "cc", "-target", triple), (*zig, "ld.lld", "-Bsymbolic"))

@@ -5,26 +5,24 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tvm_sepconv import bundle, reference, targets
+from tvm_sepconv import bundle, reference, runtime, targets
 from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.targets import CpuTarget, cpu
 from tvm_sepconv.config import KernelConfig, SepConvConfig
 
 Weights = Mapping[str, Any]
-Progress = Callable[[str, int, int], None]
 
 
 def write_bundle(
     layers: Mapping[str, tuple[SepConvConfig, Weights]],
     path: str | Path,
     target_names: Sequence[str] | None = None,
-    progress: Progress | None = None,
 ) -> None:
     """Write the bundle of `layers` to the folder `path`, all of it or nothing.
 
@@ -34,8 +32,6 @@ def write_bundle(
         Configuration and weights (``depthwise_kernel``, ``pointwise_kernel``, ``bias``) by name.
     target_names
         None for every level of this host's family.
-    progress
-        Called as ``progress(what, done, total)`` before each library.
 
     Raises
     ------
@@ -60,7 +56,7 @@ def write_bundle(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         work = Path(folder, "bundle")
         work.mkdir()
-        _fill(work, layers, chosen, progress or (lambda what, done, total: None))
+        _fill(work, layers, chosen)
         _swap(work, path, Path(folder, "replaced"))
 
 
@@ -80,7 +76,6 @@ def _fill(
     work: Path,
     layers: Mapping[str, tuple[SepConvConfig, Weights]],
     chosen: Sequence[CpuTarget],
-    progress: Progress,
 ) -> None:
     kernels = {
         name: config.kernel_config(weights["depthwise_kernel"].shape[1])
@@ -95,7 +90,7 @@ def _fill(
             name: {"config": config.to_dict(), "library": kernels[name].key}
             for name, (config, _) in layers.items()
         },
-        "libraries": _libraries(work, dict.fromkeys(kernels.values()), chosen, progress),
+        "libraries": _libraries(work, dict.fromkeys(kernels.values()), chosen),
         "runtimes": _runtimes(work, chosen),
         "files": _tensors(work, layers),
     }
@@ -106,12 +101,10 @@ def _libraries(
     work: Path,
     kernels: Mapping[KernelConfig, None],
     chosen: Sequence[CpuTarget],
-    progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     jobs = [(target, config) for target in chosen for config in kernels]
     result: dict[str, dict[str, Any]] = {target.name: {} for target in chosen}
-    for done, (target, config) in enumerate(jobs):
-        progress(f"{config.key} for {target.name}", done, len(jobs))
+    for target, config in jobs:
         name = f"lib/{target.name}/{config.key}.so"
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         variants = build.variants(config, target)
@@ -134,7 +127,11 @@ def _runtimes(work: Path, chosen: Sequence[CpuTarget]) -> dict[str, dict[str, An
         name = f"lib/{target.arch}/{bundle.RUNTIME}"
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         build.build_runtime(target, work / name)
-        result[target.arch] = {"path": name, "sha256": bundle.sha256(work / name), "abi": build.ABI}
+        result[target.arch] = {
+            "path": name,
+            "sha256": bundle.sha256(work / name),
+            "abi": runtime.ABI,
+        }
     return result
 
 

@@ -81,5 +81,8 @@ def cpu(name: str) -> CpuTarget:
     """Return the CPU target called `name`; a ValueError names those there are."""
     name = targets.resolve(name)
     if name.startswith("cuda"):
-        raise ValueError(f"Expected a CPU target. Received: target={name}")
+        raise ValueError(
+            "The `target` argument takes CPU targets only: building for CUDA is not part of this "
+            f"version. Expected one of {sorted(targets.FEATURES)}. Received: target={name}"
+        )
     return CpuTarget(name)

@@ -32,17 +32,18 @@ static struct {
   int sleepers;
   void (*task)(void*, int);
   void* context;
-  /* Each on its own cache line: the first is polled, the second contended. */
+  /* Each on its own cache line: the first is polled by all, the others are contended. */
   _Alignas(64) unsigned job;
   _Alignas(64) uint64_t next;     /* job number << 32 | number of tasks << 16 | next task */
   _Alignas(64) int pending;        /* tasks not finished */
-  cpu_set_t allowed;               /* where the caller that woke the workers may run */
 } pool;
 
 static struct {
-  int thread;     /* its id, 0 until it runs */
-  int barred;     /* from the CPU of a caller */
-  unsigned start; /* the job before its first */
+  int thread;        /* its id, 0 until it runs */
+  int asleep;        /* in the futex, or about to be */
+  int barred;        /* from the CPU of a caller, until its next job; then it may run where `allowed` says */
+  unsigned start;    /* the job before its first */
+  cpu_set_t allowed; /* the caller's mask; written while `barred` is 0, read while it is 1 */
 } workers[MAX_WORKERS];
 
 static void futex_wait(unsigned* word, unsigned seen) {
@@ -163,13 +164,15 @@ static void* worker(void* index) {
     int spins = 0;
     while (__atomic_load_n(&pool.job, __ATOMIC_ACQUIRE) == seen && ++spins < SPINS) relax();
     if (spins >= SPINS) {
+      __atomic_store_n(&workers[self].asleep, 1, __ATOMIC_SEQ_CST);
       __atomic_add_fetch(&pool.sleepers, 1, __ATOMIC_SEQ_CST);
       while (__atomic_load_n(&pool.job, __ATOMIC_SEQ_CST) == seen) futex_wait(&pool.job, seen);
       __atomic_sub_fetch(&pool.sleepers, 1, __ATOMIC_SEQ_CST);
+      __atomic_store_n(&workers[self].asleep, 0, __ATOMIC_SEQ_CST);
     }
-    if (__atomic_load_n(&workers[self].barred, __ATOMIC_RELAXED)) {
-      __atomic_store_n(&workers[self].barred, 0, __ATOMIC_RELAXED);
-      sched_setaffinity(0, sizeof pool.allowed, &pool.allowed);
+    if (__atomic_load_n(&workers[self].barred, __ATOMIC_ACQUIRE)) {
+      sched_setaffinity(0, sizeof workers[self].allowed, &workers[self].allowed);
+      __atomic_store_n(&workers[self].barred, 0, __ATOMIC_RELEASE);
     }
     seen = __atomic_load_n(&pool.job, __ATOMIC_ACQUIRE);
     take_tasks();
@@ -193,7 +196,7 @@ static void start_workers(int wanted) {
   pthread_sigmask(SIG_SETMASK, &all, &before);
   while (pool.workers < wanted) {
     pthread_t thread;
-    workers[pool.workers].thread = workers[pool.workers].barred = 0;
+    workers[pool.workers].thread = workers[pool.workers].asleep = workers[pool.workers].barred = 0;
     workers[pool.workers].start = pool.job;
     if (pthread_create(&thread, NULL, worker, (void*)(uintptr_t)pool.workers)) break;
     pthread_detach(thread);
@@ -215,20 +218,25 @@ static int acquire(void) {
 }
 
 /* Linux may wake a worker on the CPU of the caller, which is about to be busy, and leave it there for some
- * milliseconds while others idle: seen with 6.18 on two CPUs, where every call after a pause of 20 ms took
- * twice its time. So sleeping workers are first barred from that CPU; awake, they lift the bar themselves. */
+ * milliseconds while others idle: with 6.18 on two CPUs (a virtual EPYC, 2026-11-22) eight calls in a row took
+ * twice their time after every pause of 20 ms. So sleeping workers are first barred from that CPU; at their next
+ * job they take the caller's mask. */
 static void steer_away(void) {
   enum { MOST = 15 }; /* with more CPUs than that, idle ones are found */
   cpu_set_t others;
   const int cpu = sched_getcpu();
   if (cpu < 0 || pool.workers > MOST || sched_getaffinity(0, sizeof others, &others)) return;
   if (CPU_COUNT(&others) < 2) return;
-  pool.allowed = others;
+  const cpu_set_t allowed = others;
   CPU_CLR(cpu, &others);
   for (int i = 0; i < pool.workers; ++i) {
     const int thread = __atomic_load_n(&workers[i].thread, __ATOMIC_RELAXED);
-    if (!thread || sched_setaffinity(thread, sizeof others, &others)) continue;
-    __atomic_store_n(&workers[i].barred, 1, __ATOMIC_RELAXED);
+    if (!thread || !__atomic_load_n(&workers[i].asleep, __ATOMIC_SEQ_CST) ||
+        __atomic_load_n(&workers[i].barred, __ATOMIC_ACQUIRE))
+      continue;
+    workers[i].allowed = allowed;
+    if (!sched_setaffinity(thread, sizeof others, &others))
+      __atomic_store_n(&workers[i].barred, 1, __ATOMIC_RELEASE);
   }
 }
 
@@ -244,9 +252,10 @@ void pool_run(void (*task)(void*, int), void* context, int count) {
   const uint64_t job = (uint64_t)(pool.job + 1) << 32 | (uint64_t)count << 16;
   __atomic_store_n(&pool.next, job, __ATOMIC_RELEASE);
   __atomic_add_fetch(&pool.job, 1, __ATOMIC_SEQ_CST);
-  if (__atomic_load_n(&pool.sleepers, __ATOMIC_SEQ_CST)) {
+  const int awake = pool.workers - __atomic_load_n(&pool.sleepers, __ATOMIC_SEQ_CST);
+  if (awake < count - 1 && awake < pool.workers) {
     steer_away();
-    futex_wake(&pool.job, count - 1);
+    futex_wake(&pool.job, count - 1 - awake);
   }
   take_tasks();
   for (int spins = 0; __atomic_load_n(&pool.pending, __ATOMIC_ACQUIRE);)
@@ -277,15 +286,17 @@ static void free_arena(void* pointer) {
   arena* a = pointer;
   free(a->base);
   free(a);
+  scratch = NULL; /* a destructor that runs later may run a layer */
 }
-static void make_key(void) { pthread_key_create(&scratch_key, free_arena); }
+static int have_key;
+static void make_key(void) { have_key = !pthread_key_create(&scratch_key, free_arena); }
 
 static arena* this_thread(void) {
   if (scratch) return scratch;
   pthread_once(&resident_once, stay_resident);
   pthread_once(&scratch_once, make_key);
   arena* a = calloc(1, sizeof *a);
-  if (a && pthread_setspecific(scratch_key, a)) {
+  if (a && (!have_key || pthread_setspecific(scratch_key, a))) {
     free(a);
     a = NULL;
   }

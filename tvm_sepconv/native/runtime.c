@@ -72,10 +72,9 @@ static int pack(tvm_sepconv_layer* y, const void* depthwise, const void* pointwi
 
 /* ---- layers --------------------------------------------------------------------------------- */
 
-static int fill_slot(void* handle, const char* name, void* function) {
+static void fill_slot(void* handle, const char* name, void* function) {
   void** slot = dlsym(handle, name);
   if (slot) *slot = function; /* absent: this library's kernels need no scratch */
-  return 0;
 }
 
 /* The section headers come last in a library. Opening one that was cut off ends in SIGBUS, not in an error. */
@@ -110,6 +109,8 @@ int tvm_sepconv_layer_create(const char* library_path, const void* depthwise, co
                              const void* bias, tvm_sepconv_padding padding, int64_t left,
                              int64_t right, tvm_sepconv_layer** out) {
   *out = NULL;
+  if (!library_path || !depthwise || !pointwise)
+    return fail(TVM_SEPCONV_ERROR_ARGUMENT, "`library_path`, `depthwise` and `pointwise` must not be NULL.");
   if (padding != TVM_SEPCONV_EXPLICIT) left = right = 0;
   if ((unsigned)padding > TVM_SEPCONV_EXPLICIT)
     return fail(TVM_SEPCONV_ERROR_ARGUMENT, "`padding` must be one of tvm_sepconv_padding. Received: %d",
@@ -123,6 +124,9 @@ int tvm_sepconv_layer_create(const char* library_path, const void* depthwise, co
   layer->left = left;
   layer->right = right;
   int status = open_library(library_path, layer);
+  if (!status && layer->library->use_bias != (bias != NULL))
+    status = fail(TVM_SEPCONV_ERROR_ARGUMENT, "`bias` must be given if the layer has one, else NULL: it %s.",
+                  layer->library->use_bias ? "has one" : "has none");
   if (!status) status = pack(layer, depthwise, pointwise, bias);
   if (status) tvm_sepconv_layer_destroy(layer);
   else *out = layer;
@@ -334,10 +338,15 @@ static int run(const tvm_sepconv_layer* layer, int64_t batch, int64_t steps, int
   const int64_t longest_tile = l->variants[0].step_tile * (int64_t)l->strides + effective_kernel(l);
   const int64_t rows_x = l->channels_first ? l->channels : smaller(longest_tile, steps);
   const int64_t rows_y = l->channels_first ? l->filters : smaller(l->variants[0].step_tile, out_steps);
-  if (x.row_stride < 0 || y.row_stride < 0 || (rows_x > 1 && x.row_stride > INT_MAX / 2 / rows_x) ||
+  if (x.row_stride < 0 || y.row_stride < 0)
+    return fail(TVM_SEPCONV_ERROR_ARGUMENT, "`row_stride` must not be negative. Received: x %lld, y %lld",
+                (long long)x.row_stride, (long long)y.row_stride);
+  if ((rows_x > 1 && x.row_stride > INT_MAX / 2 / rows_x) ||
       (rows_y > 1 && y.row_stride > INT_MAX / 2 / rows_y))
     return fail(TVM_SEPCONV_ERROR_ARGUMENT,
-                "One sample spans 2**30 elements or more, or a stride is negative; split the steps.");
+                "A tile must span less than 2**30 elements. Received: %lld rows of x %lld elements apart, %lld "
+                "of y %lld apart; copy a part of the steps into an array of its own.",
+                (long long)rows_x, (long long)x.row_stride, (long long)rows_y, (long long)y.row_stride);
   call c = {layer, batch, steps, out_steps, left_padding(layer, steps), x, y, 0, 0, 0, 0};
   divide(&c);
   pool_run(run_task, &c, c.tasks);

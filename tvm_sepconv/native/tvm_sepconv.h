@@ -60,7 +60,7 @@ int64_t tvm_sepconv_out_steps(const tvm_sepconv_layer* layer, int64_t steps);
 
 /* Run on `batch` samples. Rows are steps (channels_last, one row = all channels or filters) or
  * channels and filters (channels_first, one row = all steps); elements of a row are contiguous,
- * strides are in elements and may be anything that does not make outputs overlap. */
+ * strides are in elements; row strides are not negative and no two outputs may overlap. */
 typedef struct {
   void* data;
   int64_t batch_stride, row_stride;
