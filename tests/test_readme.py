@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tvm_sepconv.workloads import workloads
+
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -17,9 +19,6 @@ def test_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (tmp_path / "layer.sepconv" / "manifest.json").is_file()
 
 
-def test_links_and_commands_name_what_exists() -> None:
-    makefile = (README.parent / "Makefile").read_text()
-    targets = set(re.findall(r"^make (\S+)", README.read_text(), flags=re.MULTILINE))
-    assert targets
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+def test_figures_cover_the_workloads() -> None:
+    figures = README.read_text().partition("## Figures")[2]
+    assert set(workloads()) == set(re.findall(r"^\| (\S+) \| \d", figures, flags=re.MULTILINE))
