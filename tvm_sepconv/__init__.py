@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_sepconv.bundle import BundleError
 from tvm_sepconv.config import SepConvConfig
-from tvm_sepconv.layer import SeparableConv1D, layer_separable_conv_1d
+from tvm_sepconv.functional import layer_separable_conv_1d
+from tvm_sepconv.layer import SeparableConv1D
 from tvm_sepconv.options import BuildOptions
 from tvm_sepconv.runtime import num_threads, set_num_threads
 from tvm_sepconv.saving import load, save

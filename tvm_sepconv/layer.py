@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +50,7 @@ class SeparableConv1D:
 
     def _set_up(self, config: SepConvConfig) -> None:
         if "bfloat16" in config.dtype:
-            _need_bfloat16()
+            tensors.need_bfloat16()
         self.config = config
         self.name = config.name
         self.trainable = config.trainable
@@ -395,46 +394,3 @@ class SeparableConv1D:
 
     def __repr__(self) -> str:
         return f"<SeparableConv1D name={self.name}, built={self.built}>"
-
-
-def _need_bfloat16() -> None:
-    try:
-        importlib.import_module("ml_dtypes")  # gives NumPy the dtype
-    except ImportError as error:
-        raise ImportError(
-            "The dtype bfloat16 needs a package that adds it to NumPy: pip install ml_dtypes"
-        ) from error
-
-
-def layer_separable_conv_1d(
-    object: Any, filters: Any, kernel_size: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Make a `SeparableConv1D` and compose it with `object`.
-
-    The arguments after `object` are the layer's, in its order and with its defaults.
-
-    Parameters
-    ----------
-    object
-        None, an array or tensor, or a model with a method ``add``.
-
-    Returns
-    -------
-    Any
-        The layer for None, its output for an array or tensor, `object` with the layer added for a
-        model.
-    """
-    layer = SeparableConv1D(filters, kernel_size, *args, **kwargs)
-    if object is None:
-        return layer
-    is_data = isinstance(object, (np.ndarray, list, tuple)) or hasattr(object, "__dlpack__")
-    if not is_data and hasattr(object, "add"):
-        object.add(layer)
-        return object
-    return layer(object)
-
-
-_first = inspect.Parameter("object", inspect.Parameter.POSITIONAL_OR_KEYWORD)
-layer_separable_conv_1d.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-    [_first, *SeparableConv1D.__signature__.parameters.values()]
-)

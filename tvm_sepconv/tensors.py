@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -119,3 +120,13 @@ def with_rows(array: Array, dtype: np.dtype[Any]) -> Array:
     # Values beyond the narrower type become infinite, which is what Keras's cast gives too.
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(array, dtype)
+
+
+def need_bfloat16() -> None:
+    """Give NumPy the dtype bfloat16, or raise an ImportError that names the package it is in."""
+    try:
+        importlib.import_module("ml_dtypes")  # gives NumPy the dtype
+    except ImportError as error:
+        raise ImportError(
+            "The dtype bfloat16 needs a package that adds it to NumPy: pip install ml_dtypes"
+        ) from error
