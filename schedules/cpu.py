@@ -7,6 +7,9 @@ Both compute one tile of output steps at a time, in scratch that stays in cache:
 3. ``pointwise``: a matrix product whose register tile accumulates over all channels;
 4. ``activation`` and ``output``: bias and activation of that register tile, stored as it is done.
 
+The interior form, for whole tiles whose taps all lie inside the input, has no ``pad``: it reads the
+input where it lies (`reads_in_place` says when that pays).
+
 Nothing between the stages goes further than the second-level cache, and only the last stage knows
 that the last tile may be ragged: the hot loops carry no predicate.
 """
