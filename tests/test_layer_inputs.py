@@ -179,6 +179,49 @@ def test_dlpack_tensors_come_back_as_their_kind(requires_grad):
     assert type(layer_separable_conv_1d(FakeTensor(x), 3, 2)) is FakeTensor
 
 
+class ShapedTensor(FakeTensor):
+    """What every framework gives besides: the shape, without an export."""
+
+    @property
+    def shape(self):
+        return self.array.shape
+
+
+@pytest.mark.parametrize("data_format", FORMATS)
+def test_tensors_that_need_no_conversion_take_the_short_way(data_format, monkeypatch):
+    layer, x = layer_of(data_format), inputs(data_format)
+    expected = layer(x)
+    monkeypatch.setattr(layer, "_call_any", None)
+    y = layer(ShapedTensor(x))
+    assert type(y) is FakeTensor
+    np.testing.assert_array_equal(y.array, expected)
+    torch = type("Tensor", (ShapedTensor,), {"__module__": "torch"})
+    for kind in (np.asarray, ShapedTensor, torch):
+        out = kind(np.full_like(expected, np.nan))
+        assert layer(ShapedTensor(x), out=out) is layer(x, out=out) is out
+        np.testing.assert_array_equal(getattr(out, "array", out), expected)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: ShapedTensor(x, requires_grad=True),
+        lambda x: ShapedTensor(x.astype(np.float64)),
+        lambda x: ShapedTensor(x[:, ::-1]),
+        lambda x: ShapedTensor(x[..., ::-1].copy()[..., ::-1]),
+    ],
+    ids=["gradients", "float64", "reversed rows", "reversed elements"],
+)
+def test_tensors_that_need_a_conversion_get_it(change):
+    layer, x = layer_of(), change(inputs())
+    layer(inputs())  # compiled: the short way is open
+    out = np.empty((BATCH, STEPS, FILTERS), np.float32)
+    y = layer(x, out=out)
+    assert y is out
+    assert_right(layer, x.array, y)
+    np.testing.assert_array_equal(layer(x).array, y)
+
+
 def test_dlpack_tensors_are_read_in_place():
     array, _ = tensors.to_numpy(FakeTensor(x := inputs()))
     assert np.shares_memory(array, x)
@@ -234,8 +277,9 @@ def test_jax_arrays():
     assert_right(layer, np.asarray(narrow), np.asarray(y))
     out = np.empty((BATCH, STEPS, FILTERS), np.float32)
     assert layer(jnp.asarray(x), out=out) is out
-    with pytest.raises(ValueError, match="must be writable"):
-        layer(x, out=jnp.zeros(out.shape))
+    for given in (x, jnp.asarray(x), x.tolist()):
+        with pytest.raises(ValueError, match="must be writable"):
+            layer(given, out=jnp.zeros(out.shape))
     with pytest.raises(TypeError, match=r"inputs\.dtype=int32"):
         layer(jnp.zeros(x.shape, jnp.int32))
 

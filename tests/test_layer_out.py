@@ -53,6 +53,14 @@ def test_out_may_be_a_tensor():
     np.testing.assert_array_equal(out.array, layer(x))
 
 
+def test_a_tensor_may_be_read_only():
+    layer, x = layer_of(), inputs()
+    out = FakeTensor(read_only(layer(x)))
+    for given in (x, x.astype(np.float64)):
+        with pytest.raises(ValueError, match=r"must be writable.*read-only FakeTensor"):
+            layer(given, out=out)
+
+
 def test_out_may_lie_between_the_inputs():
     room = np.zeros((BATCH, STEPS, CHANNELS + FILTERS), np.float32)
     x, out = room[..., :CHANNELS], room[..., CHANNELS:]

@@ -18,7 +18,6 @@ Constraint = Callable[[Any], Any]
 _EPSILON = 1e-7  # keras.config.epsilon()'s default
 
 
-@dataclass(frozen=True)
 class _Constraint(identifiers.Configurable, abc.ABC):
     keras_module: ClassVar[str] = "keras.constraints"
 
@@ -49,7 +48,6 @@ class MaxNorm(_Constraint):
         return np.asarray(w * (np.clip(norms, 0, self.max_value) / (_EPSILON + norms)))
 
 
-@dataclass(frozen=True)
 class NonNeg(_Constraint):
     """Replace negative weights by 0."""
 

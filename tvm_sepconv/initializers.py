@@ -11,7 +11,7 @@ import abc
 import dataclasses
 import functools
 import math
-import secrets
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,7 +37,6 @@ def _cast(values: npt.ArrayLike, dtype: npt.DTypeLike | None) -> Array:
     return np.asarray(values).astype(np.float32 if dtype is None else dtype)
 
 
-@dataclass(frozen=True)
 class _Initializer(identifiers.Configurable, abc.ABC):
     keras_module: ClassVar[str] = "keras.initializers"
 
@@ -49,7 +48,6 @@ class _Initializer(identifiers.Configurable, abc.ABC):
     def _values(self, shape: tuple[int, ...]) -> Array: ...
 
 
-@dataclass(frozen=True)
 class Zeros(_Initializer):
     """All 0."""
 
@@ -57,7 +55,6 @@ class Zeros(_Initializer):
         return np.zeros(shape)
 
 
-@dataclass(frozen=True)
 class Ones(_Initializer):
     """All 1."""
 
@@ -98,13 +95,15 @@ class Identity(_Initializer):
         return self.gain * np.eye(*shape)
 
 
+def _drawn() -> int:
+    return int.from_bytes(os.urandom(8), "little")  # what `secrets` gives, without its imports
+
+
 @dataclass(frozen=True)
 class RandomInitializer(_Initializer):
     """Base of those that draw; `seed` is an int, None, or a Keras SeedGenerator's config dict."""
 
-    _entropy: int = dataclasses.field(
-        default_factory=lambda: secrets.randbits(64), init=False, repr=False, compare=False
-    )
+    _entropy: int = dataclasses.field(default_factory=_drawn, init=False, repr=False, compare=False)
 
     @property
     def _seed(self) -> Any:
@@ -242,42 +241,36 @@ class _Named(RandomInitializer):
         return scaling._values(shape)
 
 
-@dataclass(frozen=True)
 class GlorotUniform(_Named):
     """Uniform in ±sqrt(6 / (fan in + fan out)) (Glorot & Bengio, 2010)."""
 
     scaling = (1.0, "fan_avg", "uniform")
 
 
-@dataclass(frozen=True)
 class GlorotNormal(_Named):
     """Truncated normal of variance 2 / (fan in + fan out) (Glorot & Bengio, 2010)."""
 
     scaling = (1.0, "fan_avg", "truncated_normal")
 
 
-@dataclass(frozen=True)
 class HeNormal(_Named):
     """Truncated normal of variance 2 / fan in (He et al., 2015)."""
 
     scaling = (2.0, "fan_in", "truncated_normal")
 
 
-@dataclass(frozen=True)
 class HeUniform(_Named):
     """Uniform in ±sqrt(6 / fan in) (He et al., 2015)."""
 
     scaling = (2.0, "fan_in", "uniform")
 
 
-@dataclass(frozen=True)
 class LecunNormal(_Named):
     """Truncated normal of variance 1 / fan in (LeCun et al., 1998)."""
 
     scaling = (1.0, "fan_in", "truncated_normal")
 
 
-@dataclass(frozen=True)
 class LecunUniform(_Named):
     """Uniform in ±sqrt(3 / fan in) (LeCun et al., 1998)."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tvm_sepconv import activations, jit, tensors
+from tvm_sepconv import activations, tensors
 from tvm_sepconv.bundle import BundleError, open_bundle
 from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.options import BuildOptions
@@ -24,8 +24,6 @@ Array = npt.NDArray[Any]
 Shape = tuple[int | None, ...]
 
 WEIGHTS = ("depthwise_kernel", "pointwise_kernel", "bias")
-# Exact up to this effort, "yes" beyond: views may be interleaved without sharing an element.
-_OVERLAP_WORK: Any = 10_000
 
 
 class SeparableConv1D:
@@ -68,7 +66,7 @@ class SeparableConv1D:
         fused = activations.name_of(config.activation) in activations.ELEMENTWISE
         self._afterwards: Callable[[Array], Array] | None = None if fused else config.activation
         self._plain = fused and config.activity_regularizer is None
-        self._last_shapes: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        self._last_shapes: tuple[tuple[int, ...] | None, tuple[int, ...]] = (None, ())
         self._native_dtype: np.dtype[Any] | None = None
 
     # ---- building and weights ----------------------------------------------------------------
@@ -219,19 +217,22 @@ class SeparableConv1D:
         self._need_built("compile")
         options = options or BuildOptions()
         with self._lock:
-            assert self._channels is not None
-            library = jit.library(self.config.kernel_config(self._channels), options.target)
+            library = self._find_library(options.target)
             self._options, self._library, self._compiled = options, library, None
             self._origin = None
             self._ready()
 
+    def _find_library(self, target: str | None) -> tuple[Path, Path]:
+        from tvm_sepconv import jit  # here: its imports cost more than all of the package's others
+
+        assert self._channels is not None
+        return jit.library(self.config.kernel_config(self._channels), target)
+
     def _ready(self) -> CompiledLayer:
         with self._lock:
             if self._compiled is None:
-                assert self._channels is not None
-                kernel = self.config.kernel_config(self._channels)
                 if self._library is None:
-                    self._library = jit.library(kernel, self._options.target)
+                    self._library = self._find_library(self._options.target)
                 depthwise, pointwise, *bias = (v.numpy().astype(self.dtype) for v in self.weights)
                 self._native_dtype = np.dtype(self.dtype)
                 self._compiled = CompiledLayer(
@@ -241,6 +242,8 @@ class SeparableConv1D:
 
     def save(self, path: str | Path, targets: Sequence[str] | None = None) -> None:
         """Write a bundle of this layer to the folder `path`; see `tvm_sepconv.save`."""
+        from tvm_sepconv import jit
+
         self._need_built("save")
         package = jit.compiler("tvm_sepconv.compiler.package")
         package.write_bundle({self.name: self._content()}, path, targets)
@@ -274,33 +277,38 @@ class SeparableConv1D:
         RuntimeError
             If the layer has to be compiled and cannot be.
         """
-        compiled = self._compiled
-        writable = out is None or (type(out) is np.ndarray and out.flags.writeable)
-        arrays = type(inputs) is np.ndarray and writable
-        if compiled is None or not self._plain or not arrays or inputs.ndim != 3:
+        compiled, array = self._compiled, type(inputs) is np.ndarray
+        shape = inputs.shape if array else tensors.shape_of(inputs)
+        if compiled is None or not self._plain or len(shape) != 3:
             return self._call_any(inputs, out)
         # The short way, for what needs no conversion: the runtime checks both tensors and runs. All
         # that it does not take, wrong or merely unusual, goes the long way: explained or converted.
-        last = self._last_shapes
-        if inputs.shape != last[0]:
-            last = self._last_shapes = inputs.shape, self._kernel_output_shape(inputs.shape)
-        y = np.empty(last[1], self._native_dtype) if out is None else out
+        shape = self._kernel_output_shape(shape)
         try:
-            if compiled.call(compiled.handle, inputs, y) == 0:
-                return y
-        except (BufferError, TypeError, RuntimeError):
+            if out is None:
+                y = np.empty(shape, self._native_dtype)
+                if compiled.call(compiled.handle, inputs, y) == 0:
+                    return y if array else tensors.way_back(inputs)(y)
+            else:
+                plain = type(out) is np.ndarray and out.flags.writeable
+                y = out if plain else tensors.writable(out)
+                if y is not None and compiled.call(compiled.handle, inputs, y) == 0:
+                    return out
+        except (BufferError, TypeError, ValueError, RuntimeError):
             pass  # DLPack refuses read-only arrays, foreign byte orders, objects …
         return self._call_any(inputs, out)
 
     call = __call__
 
     def _kernel_output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        self.config.check_input_shape(shape, self._channels)
-        steps = self.config.out_steps(shape[1 if self.config.channel_axis == -1 else 2])
-        filters = self.config.filters
-        return (shape[0], steps, filters) if self.config.channel_axis == -1 else (
-            shape[0], filters, steps,
-        )  # fmt: skip
+        last = self._last_shapes  # most calls are of one shape, and checking takes microseconds
+        if shape != last[0]:
+            config = self.config
+            config.check_input_shape(shape, self._channels)
+            steps = config.out_steps(shape[1 if config.channel_axis == -1 else 2])
+            rows = (steps, config.filters) if config.channel_axis == -1 else (config.filters, steps)
+            last = self._last_shapes = shape, (shape[0], *rows)
+        return last[1]
 
     def _call_any(self, inputs: Any, out: Any) -> Any:
         config = self.config
@@ -309,8 +317,8 @@ class SeparableConv1D:
         if not self.built:
             self.build(x.shape)
         shape = self._kernel_output_shape(x.shape)
-        final = self.compute_output_shape(x.shape)
-        target = None if out is None else self._check_out(out, final, x)
+        final = shape if self._afterwards is None else self.compute_output_shape(x.shape)
+        target = None if out is None else tensors.check_out(out, final, self.dtype, x)
         compiled = self._ready()
         dtype = np.dtype(self.dtype)
         x = tensors.with_rows(x, dtype)
@@ -328,29 +336,6 @@ class SeparableConv1D:
         if y is not target:
             np.copyto(target, y)
         return out
-
-    def _check_out(self, out: Any, shape: Shape, x: Array) -> Array:
-        array, _ = tensors.to_numpy(out, "out")
-        if isinstance(out, (list, tuple)) or array.dtype != np.dtype(self.dtype):
-            raise TypeError(
-                f"The `out` argument must be an array of dtype {self.dtype}. "
-                f"Received: {type(out)} of dtype {array.dtype}"
-            )
-        if array.shape != shape:
-            raise ValueError(
-                f"The `out` argument must have the output's shape {shape}. "
-                f"Received: out.shape={array.shape}"
-            )
-        if not array.flags.writeable or tensors.is_immutable(out):
-            raise ValueError(
-                f"The `out` argument must be writable. Received: a read-only {type(out).__name__}"
-            )
-        if np.may_share_memory(array, x, max_work=_OVERLAP_WORK):
-            raise ValueError(
-                "The `out` argument must not overlap the inputs in memory: outputs are written "
-                "while inputs are still read. Pass an array of its own"
-            )
-        return array
 
     # ---- copying -----------------------------------------------------------------------------
 

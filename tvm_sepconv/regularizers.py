@@ -17,7 +17,6 @@ Array = npt.NDArray[Any]
 Regularizer = Callable[[Any], Any]
 
 
-@dataclass(frozen=True)
 class _Regularizer(identifiers.Configurable, abc.ABC):
     keras_module: ClassVar[str] = "keras.regularizers"
 

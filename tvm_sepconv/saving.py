@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tvm_sepconv import jit
 from tvm_sepconv.bundle import open_bundle
 from tvm_sepconv.layer import WEIGHTS, SeparableConv1D
 
@@ -28,6 +27,8 @@ def save(
     RuntimeError
         If the compiler is not installed, naming the extra, or a linker is missing.
     """
+    from tvm_sepconv import jit  # here, as in layer.py
+
     for layer in layers.values():
         layer._need_built("save")
     contents = {name: layer._content() for name, layer in layers.items()}

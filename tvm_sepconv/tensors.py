@@ -13,6 +13,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 _CPU_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
 _WIDEST_ROW = 2**16  # elements from row to row: kernels index a tile of rows with 32 bits
+# Exact up to this effort, "yes" beyond: views may be interleaved without sharing an element.
+_OVERLAP_WORK: Any = 10_000
 
 
 def to_numpy(value: Any, name: str = "inputs") -> tuple[Array, Callable[[Array], Any]]:
@@ -50,7 +52,7 @@ def _from_dlpack(value: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
             f"The `{name}` argument must be on the CPU. Received: a {type(value).__name__} on "
             f"DLPack device type {int(device)}, index {index}; move it to the CPU first"
         )
-    back = _back(value)
+    back = way_back(value)
     if getattr(value, "requires_grad", False):
         value = value.detach()  # inference: torch exports no tensor that still records gradients
     try:
@@ -69,8 +71,10 @@ def _from_dlpack(value: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
         ) from error
 
 
-def _back(value: Any) -> Callable[[Array], Any]:
+def way_back(value: Any) -> Callable[[Array], Any]:
     """Return the `from_dlpack` of the framework that `value` is from."""
+    if isinstance(value, np.ndarray):  # a subclass of it: outputs are plain arrays
+        return lambda y: y
     if hasattr(value, "__array_namespace__"):
         return value.__array_namespace__().from_dlpack  # type: ignore[no-any-return]
     root = sys.modules[type(value).__module__.partition(".")[0]]
@@ -79,6 +83,28 @@ def _back(value: Any) -> Callable[[Array], Any]:
     if hasattr(root, "from_dlpack"):
         return root.from_dlpack  # type: ignore[no-any-return]
     return lambda y: y
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Return the shape of a tensor that speaks DLPack and has one in Python, else ()."""
+    shape = getattr(value, "shape", None) if hasattr(value, "__dlpack__") else None
+    return shape if isinstance(shape, tuple) else ()
+
+
+def writable(out: Any) -> Any:
+    """Return what the runtime may write `out` through, or None if `out` does not change that way.
+
+    Raises
+    ------
+    TypeError, ValueError, BufferError or RuntimeError
+        If its memory is not exported as it is.
+    """
+    if not hasattr(out, "__dlpack__") or is_immutable(out):
+        return None
+    if type(out).__module__ == "torch":  # none of its tensors is read-only: no need to ask NumPy
+        return out
+    array = np.from_dlpack(out)
+    return array if array.flags.writeable else None
 
 
 def is_immutable(value: Any) -> bool:
@@ -99,6 +125,39 @@ def check_float(array: Array, name: str, dtype: str) -> None:
             f"The `{name}` argument must have a floating-point dtype. Received: "
             f"{name}.dtype={array.dtype}. Convert it with `.astype('{dtype}')` if that is meant"
         )
+
+
+def check_out(out: Any, shape: tuple[int | None, ...], dtype: str, x: Array) -> Array:
+    """Return `out` as an array to write outputs of `shape` and `dtype` into, computed from `x`.
+
+    Raises
+    ------
+    TypeError
+        If it is no array or tensor, or of another dtype.
+    ValueError
+        If it is of another shape, read-only, or overlaps `x` in memory.
+    """
+    array, _ = to_numpy(out, "out")
+    if isinstance(out, (list, tuple)) or array.dtype != np.dtype(dtype):
+        raise TypeError(
+            f"The `out` argument must be an array of dtype {dtype}. "
+            f"Received: {type(out)} of dtype {array.dtype}"
+        )
+    if array.shape != shape:
+        raise ValueError(
+            f"The `out` argument must have the output's shape {shape}. "
+            f"Received: out.shape={array.shape}"
+        )
+    if not array.flags.writeable or is_immutable(out):
+        raise ValueError(
+            f"The `out` argument must be writable. Received: a read-only {type(out).__name__}"
+        )
+    if np.may_share_memory(array, x, max_work=_OVERLAP_WORK):
+        raise ValueError(
+            "The `out` argument must not overlap the inputs in memory: outputs are written "
+            "while inputs are still read. Pass an array of its own"
+        )
+    return array
 
 
 def with_rows(array: Array, dtype: np.dtype[Any]) -> Array:
