@@ -1,31 +1,43 @@
-"""The fused CPU schedule, shared by the vector families: two forms as named moves.
+"""The decisions of the fused CPU schedule (`fused`), argued from registers, lanes and caches.
 
-Both compute one tile of output steps at a time, in scratch that stays in cache:
+What was tried (2-core AMD EPYC, Zen 4, 118 GFLOP/s a core for AVX2 and AVX-512 alike, 32 KiB and
+1 MiB of cache; shares of that peak, one thread, float32, layers by their id in workloads.json):
 
-1. ``pad``: the tile's input rows, zeros outside the input, rounded up to whole vectors;
-2. ``depthwise``: the tile of the intermediate, taps outermost round a register block;
-3. ``pointwise``: a matrix product whose register tile accumulates over all channels;
-4. ``activation`` and ``output``: bias and activation of that register tile, stored as it is done.
-
-The interior form, for whole tiles whose taps all lie inside the input, has no ``pad``: it reads the
-input where it lies (`reads_in_place` says when that pays).
-
-Nothing between the stages goes further than the second-level cache, and only the last stage knows
-that the last tile may be ragged: the hot loops carry no predicate.
+================================== ============================== ===============================
+tried                              predicted                      measured
+================================== ============================== ===============================
+pad copied a channel block at a    the copy stays in L1, also     QN-C2 (236 rows a tile): 84 to
+time, 2 vectors, not all channels  where k·dilation is long       94 %; others the same
+… 1 vector at a time               the same                       QN-C2 91 %: half a line pair
+reading long taps in place if the  saves the copy                 lost once the copy was in L1:
+rows are aligned                                                  QN-B1 88 against 90 %; removed
+register tile 4 x 4, not 8 x 2     8 loads for 16, not 10         + 0.5 %
+step tile 128, not 64              half the passes over weights   the same; 256 loses 3 %
+depthwise 4 x 2 where taps are     12 streams of input, not 24    CT-d128 81 to 87 %; elsewhere
+further apart than a tile                                         8 x 1 leads by 1 to 3 %
+prefetching the next tile's rows   hides the L3's latency         + 1 to 2 % on CT-d128, 0
+during the matrix product                                         elsewhere; not kept
+1 step: 2 panels at a time, not 8  8 streams 16 KiB apart fight   QN-B1 4.2 to 3.9 µs; 2.2 µs is
+                                   for one set of L1              L2's bandwidth
+channels_first: store whole        no predicate, no copy of the   MB-1 65 to 79 %, QA-7 87 to
+vectors, the last one overlapping  output                         90 %, QN-C1 67 to 72 %
+channels_first, 16 taps and more   a load that crosses a line     QN-B1 88, not 96 %: that is the
+                                   takes two turns                bound; registers can't shift
+SSE4.2: 2 x 4, not 6 x 2           a broadcast costs a shuffle:   QN-B1 62 to 65 % of 57 GFLOP/s;
+                                   fewer rows                     copies of registers, which
+                                                                  SSE's two operands need, and
+                                                                  shuffles fill the front end
+================================== ============================== ===============================
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from tvm_sepconv.config import KernelConfig
-
-if TYPE_CHECKING:  # tunings are looked up in processes that never load TVM
-    from tvm.s_tir import Schedule
-    from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 
 @dataclass(frozen=True)
@@ -35,11 +47,13 @@ class Tiling:
     ``step_tile`` output steps share the scratch. ``register_tile`` is (rows, vectors) of
     accumulators: rows are steps (channels_last) or filters (channels_first), vectors run along the
     other. ``depthwise_block`` is (steps, vectors) or (channels, vectors) accumulated over the taps.
+    ``channel_block`` vectors of channels, or channels, are copied and convolved together.
     """
 
     step_tile: int
     register_tile: tuple[int, int]
     depthwise_block: tuple[int, int]
+    channel_block: int
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a record."""
@@ -54,27 +68,36 @@ class Tiling:
         ValueError
             If a decision is missing or unknown: the record is of another schedule.
         """
-        known = {"step_tile", "register_tile", "depthwise_block"}
-        if set(decisions) != known:
+        known = [field.name for field in fields(cls)]
+        if set(decisions) != set(known):
             raise ValueError(
                 f"The schedule's decisions are {sorted(known)}. Received: {sorted(decisions)}"
             )
-        pair = {k: tuple(decisions[k]) for k in ("register_tile", "depthwise_block")}
-        return cls(step_tile=int(decisions["step_tile"]), **pair)
+        return cls(
+            step_tile=int(decisions["step_tile"]),
+            register_tile=tuple(decisions["register_tile"]),
+            depthwise_block=tuple(decisions["depthwise_block"]),
+            channel_block=int(decisions["channel_block"]),
+        )
 
 
 @dataclass(frozen=True)
 class VectorUnit:
-    """What the schedule needs to know of an instruction set: vector length and registers."""
+    """What the schedule needs to know of an instruction set: vector length and registers.
+
+    ``broadcasts``: whether a number in memory becomes a vector without a shuffle.
+    """
 
     bytes: int
     registers: int
+    broadcasts: bool = True
 
     def lanes(self, dtype: str) -> int:
         """Elements of `dtype` in one vector."""
         return self.bytes // (8 if dtype == "float64" else 4)
 
 
+L1_BYTES = 32 * 1024  # of most cores since 2010; newer ones have 48 KiB or 64
 # Three quarters of a 1 MiB second-level cache; weights and outputs stream through the rest.
 SCRATCH_BYTES = 768 * 1024
 LONGEST_TILE = 256  # steps; at most compute.MAX_STEP_TILE, beyond which kernels overrun
@@ -96,62 +119,99 @@ def cost(config: KernelConfig, lanes: int, tiling: Tiling) -> float:
     """Estimate the cycles of one tile; the runtime covers a sequence with the cheapest tiles.
 
     Every multiply-add takes a cycle, but a register tile takes at least its loads (two broadcasts a
-    cycle) and at least the latency of one multiply-add. Copying a vector of the input takes two:
-    a load and a store; only ratios between variants count here.
+    cycle, a vector of weights a cycle, or three if they come from the second-level cache) and at
+    least the latency of one multiply-add. Copying a vector of the input takes two: a load and a
+    store; only ratios between variants count here.
     """
     rows, vectors = tiling.register_tile
-    step = max(rows * vectors, vectors + rows / 2, LATENCY) / (rows * vectors)
     last = config.data_format == "channels_last"
+    load = 3 if last and _weight_bytes(config, lanes) > L1_BYTES else 1
+    step = max(rows * vectors, vectors * load + rows / 2, LATENCY) / (rows * vectors)
     channels = -(-config.channels // lanes) if last else config.channels
     filters = -(-config.filters // lanes) if last else -(-config.filters // rows) * rows
     steps = tiling.step_tile if last else tiling.step_tile / lanes
-    copied = (tiling.step_tile - 1) * config.strides + config.effective_kernel
+    copied = _copied(config, tiling.step_tile)
     copy = 2 * channels * copied / (1 if last else lanes)
     depthwise = steps * channels * config.depth_multiplier * config.kernel_size
     return copy + depthwise + steps * filters * config.mid_channels * step
 
 
-def reads_in_place(config: KernelConfig, tiling: Tiling) -> str:
-    """When a variant gains by reading the input where it lies: "never", "aligned" or "always".
+def _copied(config: KernelConfig, tile: int) -> int:
+    """Input steps that a tile needs, halo included."""
+    return (tile - 1) * config.strides + config.effective_kernel
+
+
+def _element_bytes(config: KernelConfig) -> int:
+    return 8 if config.accumulation_dtype == "float64" else 4
+
+
+def _weight_bytes(config: KernelConfig, lanes: int) -> int:
+    return config.mid_channels * -(-config.filters // lanes) * lanes * _element_bytes(config)
+
+
+def reads_in_place(config: KernelConfig, tiling: Tiling) -> bool:
+    """Whether a variant gains by an interior form, which reads the input where it lies.
 
     Copying a tile's rows costs about 3.5 cycles a vector, halo included. It aligns them, where most
     arrays are not: then half of a load's cycles are lost in place, for every tap. (AVX-512 on a
     2-core EPYC, 2026-11-22, 128 channels, in place against copied: 5 taps 114 and 109 GFLOP/s, 7
-    taps the same, 11 taps 106 and 109, aligned 112 and 109.)
+    taps 112 and 110, 13 taps the same.)
     """
     last = config.data_format == "channels_last"
-    if (config.strides > 1 and not last) or (tiling.step_tile < 16 and last):
-        return "never"
-    copied = (tiling.step_tile - 1) * config.strides + config.effective_kernel
-    cheap = config.kernel_size / 2 <= 3.5 * copied / tiling.step_tile
-    return "always" if cheap or not last else "aligned"
+    if tiling.step_tile < 16 and last:
+        return False
+    if config.strides > 1 and not last:
+        return True  # it copies, but asks of no element whether it lies in the input
+    copied = _copied(config, tiling.step_tile)
+    return config.kernel_size / 2 <= 3.5 * copied / tiling.step_tile
 
 
 def _tilings_last(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[Tiling, ...]:
     panels = -(-config.filters // lanes)
     # Vectors of filters must divide the panels: a partial group would put a predicate in the hot
     # loop. A tile that is nearly square needs the fewest loads (4 x 4: 8 for 16 multiply-adds,
-    # 8 x 2: 10). Depthwise: 8 x 1 for 8 x 2 gained 4 % with 32 registers, lost 8 % with 16.
+    # 8 x 2: 10).
     many = unit.registers > 16
-    wide = _divisor(panels, 4 if many else 2)
-    rows = ({1: 16, 2: 8, 3: 8, 4: 4} if many else {1: 8, 2: 6})[wide]
-    steps, deep = (8, 1) if many else (4, _divisor(-(-config.channels // lanes), 2))
+    wide = _divisor(panels, 4 if many or not unit.broadcasts else 2)
+    rows = {1: 8, 2: 6 if unit.broadcasts else 4, 3: 3, 4: 2}[wide]
+    if many:
+        rows = {1: 16, 2: 8, 3: 8, 4: 4}[wide]
     long = 64 // rows * rows
     middle = max(16 // rows, 2) * rows
     while long > middle and _scratch(config, long, lanes) > SCRATCH_BYTES:
         long = max(long // 2 // rows * rows, middle)
-    # A few steps have few rows of accumulators; more vectors make up for them.
+    # A few steps have few rows of accumulators; more vectors make up for them, as long as those
+    # of one step do not stream from the second-level cache side by side.
+    few = unit.registers // (16 if _weight_bytes(config, lanes) > L1_BYTES else 8)
     tiles = {long: (rows, wide), middle: (rows, wide)}
     tiles[4] = (4, _divisor(panels, unit.registers // 8))
-    tiles[1] = (1, _divisor(panels, unit.registers // 4))
+    tiles[1] = (1, _divisor(panels, few))
     return tuple(
-        Tiling(
-            step_tile=tile,
-            register_tile=tiles[tile],
-            depthwise_block=(math.gcd(steps, tile), deep),
-        )
-        for tile in sorted(tiles, reverse=True)
+        _with_blocks(config, unit, lanes, tile, tiles[tile]) for tile in sorted(tiles, reverse=True)
     )
+
+
+def _with_blocks(
+    config: KernelConfig, unit: VectorUnit, lanes: int, tile: int, register_tile: tuple[int, int]
+) -> Tiling:
+    """Choose the depthwise block and the channel block of a channels_last tile."""
+    groups = -(-config.channels // lanes)
+    # 8 x 1 for 8 x 2 gained 4 % with 32 registers, lost 8 % with 16. Where the taps are further
+    # apart than the tile, each row is a stream of its own: fewer rows, more of each at a time.
+    apart = config.effective_kernel > tile and config.kernel_size <= 4
+    steps, deep = (8, 1) if unit.registers > 16 and not apart else (4, _divisor(groups, 2))
+    if config.channels % lanes:
+        block = groups  # the partial vector is copied by itself, once
+    else:
+        row_bytes = _copied(config, tile) * lanes * _element_bytes(config)
+        block = _block(groups, deep, L1_BYTES // row_bytes)
+    return Tiling(tile, register_tile, (math.gcd(steps, tile), deep), block)
+
+
+def _block(number: int, unit: int, most: int) -> int:
+    """The largest divisor of `number` up to `most` that is a multiple of `unit`, else `unit`."""
+    fitting = [d for d in range(unit, most + 1, unit) if number % d == 0]
+    return max(fitting, default=unit)
 
 
 def _divisor(number: int, most: int) -> int:
@@ -161,25 +221,26 @@ def _divisor(number: int, most: int) -> int:
 
 def _tilings_first(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[Tiling, ...]:
     rows = min(8 if unit.registers > 16 else 4, lanes, 1 << (config.filters - 1).bit_length())
-    channels = math.gcd(4, config.channels)
+    channels = math.gcd(2, config.channels)
     long = max(64, 2 * lanes)
     while long > 2 * lanes and _scratch(config, long, lanes) > SCRATCH_BYTES:
         long //= 2
+    row_bytes = _element_bytes(config) * (_copied(config, long) + lanes)
     return tuple(
         Tiling(
             step_tile=tile,
             register_tile=(rows, min(2, tile // lanes)),
-            depthwise_block=(channels, min(2, tile // lanes)),
+            depthwise_block=(channels, min(4, tile // lanes)),
+            channel_block=_block(config.channels, channels, L1_BYTES // row_bytes),
         )
         for tile in sorted({long, 2 * lanes, lanes}, reverse=True)
     )
 
 
 def _scratch(config: KernelConfig, tile: int, lanes: int) -> int:
-    """Bytes of the padded input and of the intermediate for one tile."""
+    """Bytes of the intermediate for one tile, beside L1's worth of padded input."""
     channels = -(-config.channels // lanes) * lanes
-    rows = (tile - 1) * config.strides + config.effective_kernel + tile * config.depth_multiplier
-    return rows * channels * (8 if config.accumulation_dtype == "float64" else 4)
+    return L1_BYTES + tile * config.depth_multiplier * channels * _element_bytes(config)
 
 
 def legal(config: KernelConfig, unit: VectorUnit, tiling: Tiling) -> bool:
@@ -189,20 +250,21 @@ def legal(config: KernelConfig, unit: VectorUnit, tiling: Tiling) -> bool:
     column, and with a broadcast where the multiply-add cannot take it from memory.
     """
     lanes = unit.lanes(config.accumulation_dtype)
-    tile, (rows, vectors), (block, deep) = (
-        tiling.step_tile, tiling.register_tile, tiling.depthwise_block,
-    )  # fmt: skip
-    if min(tile, rows, vectors, block, deep) < 1 or tile > LONGEST_TILE:
+    (rows, vectors), (block, deep) = tiling.register_tile, tiling.depthwise_block
+    tile, together = tiling.step_tile, tiling.channel_block
+    if min(tile, rows, vectors, block, deep, together) < 1 or tile > LONGEST_TILE:
         return False
     broadcast = 0 if unit.registers > 16 else 1
     if max((rows + 1) * vectors, (block + 1) * deep) + broadcast > unit.registers:
         return False
     if config.data_format == "channels_last":
         panels, groups = -(-config.filters // lanes), -(-config.channels // lanes)
-        steps = (rows, block)
-        return panels % vectors == groups % deep == 0 and all(tile % n == 0 for n in steps)
-    steps = (vectors * lanes, deep * lanes)
-    return lanes % rows == config.channels % block == 0 and all(tile % n == 0 for n in steps)
+        if config.channels % lanes and together != groups:
+            return False
+        whole = panels % vectors == groups % together == together % deep == 0
+        return whole and tile % rows == tile % block == 0
+    whole = lanes % rows == config.channels % together == together % block == 0
+    return whole and tile % (vectors * lanes) == tile % (deep * lanes) == 0
 
 
 def candidates(config: KernelConfig, unit: VectorUnit) -> tuple[Tiling, ...]:
@@ -216,14 +278,17 @@ def candidates(config: KernelConfig, unit: VectorUnit) -> tuple[Tiling, ...]:
     last = config.data_format == "channels_last"
     counts, widths = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24), (1, 2, 3, 4)
     pairs = tuple(itertools.product(counts, widths))
+    parts = -(-config.channels // lanes) if last else config.channels
+    blocks = (parts,) if parts < 2 else (*(n for n in (2, 4, 8, 16) if n < parts), parts)
     space = (
-        Tiling(tile, register_tile, block)
+        Tiling(tile, register_tile, block, together)
         for tile in ((16, 24, 32, 48, 64, 96, 128, 192, 256) if last else _whole_vectors(lanes))
         if _scratch(config, tile, lanes) <= 2 * SCRATCH_BYTES
         for register_tile in pairs
         if math.prod(register_tile) >= 2 * LATENCY
         for block in pairs
         if math.prod(block) >= LATENCY
+        for together in blocks
     )
     default = tilings(config, unit)[0]
     return tuple(dict.fromkeys([default, *(t for t in space if legal(config, unit, t))]))
@@ -231,140 +296,3 @@ def candidates(config: KernelConfig, unit: VectorUnit) -> tuple[Tiling, ...]:
 
 def _whole_vectors(lanes: int) -> tuple[int, ...]:
     return tuple(n * lanes for n in (2, 3, 4, 6, 8, 12, 16))
-
-
-def fuse(
-    sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling, interior: bool = False
-) -> Schedule:
-    """Apply the fused schedule to ``sepconv1d(config, lanes, interior)``, in place."""
-    if config.data_format == "channels_last":
-        _fuse_last(sch, config, lanes, tiling, interior)
-    elif interior:
-        _fuse_first_interior(sch, config, lanes, tiling)
-    else:
-        _fuse_first(sch, lanes, tiling)
-    return sch
-
-
-def _fuse_last(
-    sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling, interior: bool
-) -> None:
-    depthwise, pointwise, activation, output = _stages(sch)
-    rows, vectors = tiling.register_tile
-    batch, step, filter_ = sch.get_loops(output)
-    tile, block, row = sch.split(step, [None, tiling.step_tile // rows, rows])
-    panels, panel, lane = sch.split(filter_, [None, vectors, lanes])
-    sch.reorder(batch, tile, panels, block, row, panel, lane)
-    if config.filters % lanes == 0:  # whole vectors: store straight from the accumulators
-        sch.compute_inline(activation)
-        _unroll(sch, [row, panel], lane)
-    else:  # the last vector is partial: finish whole vectors first, store what exists of them
-        sch.compute_at(activation, block, preserve_unit_loops=True)
-        _unroll(sch, sch.get_loops(activation)[-3:-1], sch.get_loops(activation)[-1])
-    sch.compute_at(pointwise, block, preserve_unit_loops=True)
-    sch.set_scope(pointwise, 0, "local")
-    sch.compute_at(depthwise, tile, preserve_unit_loops=True)
-    *_, row, panel, lane, multiplier, channel = sch.get_loops(pointwise)
-    sch.reorder(multiplier, channel, row, panel, lane)
-    _accumulate(sch, pointwise, multiplier, [row, panel], lane)
-    _depthwise_last(sch, depthwise, lanes, tiling)
-    if interior:
-        return
-    pad = sch.get_sblock("pad")
-    sch.compute_at(pad, tile, preserve_unit_loops=True)
-    *_, channel = sch.get_loops(pad)
-    _vectorize_head(sch, channel, config.channels, lanes)
-
-
-def _depthwise_last(sch: Schedule, block: SBlockRV, lanes: int, tiling: Tiling) -> None:
-    steps, vectors = tiling.depthwise_block
-    *_, step, multiplier, channel, tap = sch.get_loops(block)
-    blocks, row = sch.split(step, [None, steps])
-    # The pointwise stage reads the real channels only; computing the padding lanes of the last
-    # vector as well is what keeps the loop free of a predicate. The scratch has room for them.
-    groups, vector, lane = sch.split(channel, [None, vectors, lanes], disable_predication=True)
-    sch.reorder(blocks, multiplier, groups, tap, row, vector, lane)
-    _accumulate(sch, block, tap, [row, vector], lane)
-
-
-def _fuse_first(sch: Schedule, lanes: int, tiling: Tiling) -> None:
-    depthwise, pointwise, activation, output = _stages(sch)
-    rows, vectors = tiling.register_tile
-    batch, filter_, step = sch.get_loops(output)
-    width = vectors * lanes
-    tile, column, lane = sch.split(step, [None, tiling.step_tile // width, width])
-    panel, group, row = sch.split(filter_, [None, lanes // rows, rows])
-    sch.reorder(batch, tile, panel, group, column, row, lane)
-    sch.compute_at(activation, column, preserve_unit_loops=True)
-    sch.compute_at(pointwise, column, preserve_unit_loops=True)
-    sch.set_scope(pointwise, 0, "local")
-    sch.compute_at(depthwise, tile, preserve_unit_loops=True)
-    *_, out_row, step = sch.get_loops(activation)
-    _unroll(sch, [out_row], *sch.split(step, [None, lanes]))
-    *_, panel, row, step, multiplier, channel = sch.get_loops(pointwise)
-    vector, lane = sch.split(step, [None, lanes])
-    sch.reorder(multiplier, channel, panel, row, vector, lane)
-    _accumulate(sch, pointwise, multiplier, [panel, row, vector], lane)
-    channels, vectors = tiling.depthwise_block
-    *_, multiplier, channel, step, tap = sch.get_loops(depthwise)
-    groups, row = sch.split(channel, [None, channels])
-    blocks, vector, lane = sch.split(step, [None, vectors, lanes])
-    sch.reorder(multiplier, groups, blocks, tap, row, vector, lane)
-    _accumulate(sch, depthwise, tap, [row, vector], lane)
-    sch.compute_at(sch.get_sblock("pad"), tile, preserve_unit_loops=True)
-
-
-def _fuse_first_interior(sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling) -> None:
-    depthwise, pointwise, activation, output = _stages(sch)
-    rows, vectors = tiling.register_tile
-    batch, filter_, step, lane = sch.get_loops(output)
-    tile, column, vector = sch.split(step, [None, tiling.step_tile // (vectors * lanes), vectors])
-    panel, group, row = sch.split(filter_, [None, lanes // rows, rows])
-    sch.reorder(batch, tile, panel, group, column, row, vector, lane)
-    sch.compute_inline(activation)
-    _unroll(sch, [row, vector], lane)
-    sch.compute_at(pointwise, column, preserve_unit_loops=True)
-    sch.set_scope(pointwise, 0, "local")
-    sch.compute_at(depthwise, tile, preserve_unit_loops=True)
-    *_, panel, row, vector, lane, multiplier, channel = sch.get_loops(pointwise)
-    sch.reorder(multiplier, channel, panel, row, vector, lane)
-    _accumulate(sch, pointwise, multiplier, [panel, row, vector], lane)
-    channels, vectors = tiling.depthwise_block
-    *_, multiplier, channel, step, lane, tap = sch.get_loops(depthwise)
-    groups, row = sch.split(channel, [None, channels])
-    blocks, vector = sch.split(step, [None, vectors])
-    sch.reorder(multiplier, groups, blocks, tap, row, vector, lane)
-    _accumulate(sch, depthwise, tap, [row, vector], lane)
-
-
-def _stages(sch: Schedule) -> list[SBlockRV]:
-    return [sch.get_sblock(n) for n in ("depthwise", "pointwise", "activation", "output")]
-
-
-def _unroll(sch: Schedule, loops: list[LoopRV], *inner: LoopRV) -> None:
-    """Unroll all of the loops but the last, which becomes the vector."""
-    *more, lane = inner
-    for loop in [*loops, *more]:
-        sch.unroll(loop)
-    sch.vectorize(lane)
-
-
-def _accumulate(
-    sch: Schedule, block: SBlockRV, outermost: LoopRV, tile: list[LoopRV], lane: LoopRV
-) -> None:
-    """Make `tile` x `lane` a register tile that is cleared before the reduction `outermost`."""
-    _unroll(sch, tile, lane)
-    init = sch.decompose_reduction(block, outermost)
-    *_, lane = loops = sch.get_loops(init)
-    _unroll(sch, loops[-len(tile) - 1 : -1], lane)
-
-
-def _vectorize_head(sch: Schedule, loop: LoopRV, extent: int, lanes: int) -> None:
-    """Copy the whole vectors of `extent` elements as vectors, the rest one by one."""
-    whole = extent // lanes * lanes
-    if whole != extent:
-        if not whole:
-            return  # fewer channels than lanes: the code generator finds masked or narrow moves
-        loop, *_ = sch.loop_partition(loop, [whole, extent - whole])
-    _, lane = sch.split(loop, [None, lanes])
-    sch.vectorize(lane)

@@ -150,7 +150,7 @@ def default_tiling(config: KernelConfig) -> Tiling:
 
 
 def fuse(sch: Schedule, config: KernelConfig, tiling: Tiling) -> Schedule:
-    """Apply the fused schedule to ``sepconv1d(config, LANES)``, in place.
+    """Apply the fused schedule to ``sepconv1d(config, LANES, ragged=step_tile/LANES)``, in place.
 
     Raises
     ------
@@ -173,8 +173,9 @@ def fuse(sch: Schedule, config: KernelConfig, tiling: Tiling) -> Schedule:
         sch.set_scope(block, 0, "local")
         sch.compute_at(block, thread, preserve_unit_loops=True)
     *_, multiplier, channel = sch.get_loops(pointwise)
-    outputs = sch.get_loops(activation)[-4:]  # one thread's part of the four axes
-    accumulators = sch.get_loops(pointwise)[-6:-2]
+    axes = 4 if config.data_format == "channels_last" else 5
+    outputs = sch.get_loops(activation)[-axes:]  # one thread's part of the axes
+    accumulators = sch.get_loops(pointwise)[-axes - 2 : -2]
     chunk, channel = sch.split(channel, [None, tiling.channel_tile])
     sch.reorder(chunk, multiplier, channel, *accumulators)
 
@@ -189,7 +190,7 @@ def fuse(sch: Schedule, config: KernelConfig, tiling: Tiling) -> Schedule:
 
     *_, tap = sch.get_loops(depthwise)
     sch.decompose_reduction(depthwise, tap)
-    cleared = sch.get_loops(sch.decompose_reduction(pointwise, chunk))[-4:]
+    cleared = sch.get_loops(sch.decompose_reduction(pointwise, chunk))[-axes:]
     # Registers have no addresses: every index into the accumulators must be a constant.
     for loop in (*cleared, *accumulators, *outputs, sch.get_loops(output)[-1]):
         sch.unroll(loop)

@@ -2,13 +2,14 @@
 
 For channels_last; `cpu.tilings` derives the variants from these numbers. Accumulators of the
 pointwise stage live in registers: rows x vectors of them, beside one vector of weights per column
-and the broadcast of one element per row, which AVX-512 folds into the multiply-add.
+and the broadcast of one element per row. SSE has to shuffle for a broadcast and, with two operands,
+to copy a register for a product: few rows, small tiles.
 
 ======== ========= ===== ===========================================================
 ISA      registers lanes register tile (rows x vectors)
 ======== ========= ===== ===========================================================
-SSE4.2   16        4     6 x 2: 12 accumulators, 2 weights, 2 to multiply, then add; 8 x 1
-AVX2     16        8     6 x 2: 12 accumulators, 2 weights, 1 broadcast; 8 x 1
+SSE4.2   16        4     2 x 4, 3 x 3, 4 x 2 or 8 x 1: 8 or 9 accumulators, weights, products
+AVX2     16        8     6 x 2 or 8 x 1: 12 accumulators, 2 weights, 1 broadcast
 AVX-512  32        16    4 x 4, 8 x 3, 8 x 2 or 16 x 1: whichever divides the filters
 ======== ========= ===== ===========================================================
 
@@ -23,7 +24,7 @@ from tvm_sepconv.compiler.schedules.cpu import Tiling, VectorUnit, tilings
 from tvm_sepconv.config import KernelConfig
 
 UNITS = {
-    "x86_64-sse42": VectorUnit(bytes=16, registers=16),
+    "x86_64-sse42": VectorUnit(bytes=16, registers=16, broadcasts=False),
     "x86_64-avx2": VectorUnit(bytes=32, registers=16),
     "x86_64-avx512": VectorUnit(bytes=64, registers=32),
 }

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from tvm_sepconv.config import SepConvConfig
 
-ABI = 1  # TVM_SEPCONV_ABI of native/tvm_sepconv.h; a test compares them
+ABI = 2  # TVM_SEPCONV_ABI of native/tvm_sepconv.h; a test compares them
 ERROR_MEMORY, ERROR_ARGUMENT, ERROR_OVERLAP = 3, 4, 6
 _ERRORS: dict[int, type[Exception]] = {ERROR_MEMORY: MemoryError, ERROR_ARGUMENT: ValueError}
 _MOST_THREADS = 2**31 - 1  # an int of C; the runtime knows its own limit

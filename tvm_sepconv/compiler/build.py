@@ -15,7 +15,8 @@ from tvm.s_tir import Schedule
 
 from tvm_sepconv.compiler import compute, logs
 from tvm_sepconv.compiler.link import Toolchain, toolchain
-from tvm_sepconv.compiler.schedules.cpu import Tiling, cost, fuse, reads_in_place
+from tvm_sepconv.compiler.schedules.cpu import Tiling, cost, reads_in_place
+from tvm_sepconv.compiler.schedules.fused import fuse
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.config import KernelConfig
 from tvm_sepconv.runtime import ABI
@@ -48,11 +49,15 @@ class Variant:
 
 
 def scheduled(
-    config: KernelConfig, target: CpuTarget, tiling: Tiling, interior: bool = False
+    config: KernelConfig,
+    target: CpuTarget,
+    tiling: Tiling,
+    interior: bool = False,
+    ragged: bool = False,
 ) -> tvm.tirx.PrimFunc:
     """The layer's compute under the target's schedule with the decisions of `tiling`."""
     lanes = target.lanes(config.accumulation_dtype)
-    sch = Schedule(compute.sepconv1d(config, lanes, interior))
+    sch = Schedule(compute.sepconv1d(config, lanes, interior, ragged))
     return fuse(sch, config, lanes, tiling, interior).mod["main"]
 
 
@@ -108,9 +113,11 @@ def build_library(
     functions = {}
     for tiling in (v.tiling for v in variants):
         functions[f"steps{tiling.step_tile}"] = scheduled(config, target, tiling)
-        if reads_in_place(config, tiling) != "never":
+        if reads_in_place(config, tiling):
             interior = scheduled(config, target, tiling, interior=True)
             functions[f"interior{tiling.step_tile}"] = interior
+    if config.data_format == "channels_first":
+        functions["ragged"] = scheduled(config, target, variants[-1].tiling, ragged=True)
     kernels = compile_kernels(functions, target)
     tools = toolchain(target.triple)
     with tempfile.TemporaryDirectory() as folder, as_file(_native()) as native:
@@ -170,17 +177,25 @@ def _description(config: KernelConfig, target: CpuTarget, variants: tuple[Varian
     }
     kernels, rows = [], []
     for tiling in (v.tiling for v in variants):
-        tile, in_place = tiling.step_tile, reads_in_place(config, tiling)
-        names = [f"__tvm_ffi_steps{tile}", f"__tvm_ffi_interior{tile}"]
-        names = names[: 1 if in_place == "never" else 2]
-        kernels += [f"int {n}(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);\n" for n in names]
+        names = [_symbol(f"steps{tiling.step_tile}")]
+        if reads_in_place(config, tiling):
+            names.append(_symbol(f"interior{tiling.step_tile}"))
+        kernels += names
         functions = ", ".join([*names, "NULL"][:2])
-        always = int(in_place == "always")
-        rows.append(f"{{{tile}, {always}, {cost(config, lanes, tiling)!r}, {functions}}}")
+        rows.append(f"{{{tiling.step_tile}, {cost(config, lanes, tiling)!r}, {functions}}}")
+    if config.data_format == "channels_first":
+        kernels.append(_symbol("ragged"))
+        fields["ragged"] = kernels[-1]
+    declared = "".join(f"int {k}(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);\n" for k in kernels)
     values = ", ".join(f".{name} = {value}" for name, value in fields.items())
     return (
-        f'#include "library.h"\n{"".join(kernels)}'
+        f'#include "library.h"\n{declared}'
         f"static const tvm_sepconv_variant variants[] = {{{', '.join(rows)}}};\n"
         f"extern const tvm_sepconv_library tvm_sepconv_description;\n"
         f"const tvm_sepconv_library tvm_sepconv_description = {{{values}}};\n"
     )
+
+
+def _symbol(kernel: str) -> str:
+    """The name that TVM gives a kernel in the object file."""
+    return f"__tvm_ffi_{kernel}"

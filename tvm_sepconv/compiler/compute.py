@@ -48,13 +48,10 @@ def packed_shapes(config: KernelConfig, lanes: int) -> dict[str, tuple[int, ...]
     }
 
 
-def has_interior(config: KernelConfig) -> bool:
-    """Whether `sepconv1d` has an interior form: taps read as vectors must lie side by side."""
-    return config.data_format == "channels_last" or config.strides == 1
-
-
 @functools.lru_cache(maxsize=64)  # a library's variants are schedules of the same one or two
-def sepconv1d(config: KernelConfig, lanes: int, interior: bool = False) -> PrimFunc:
+def sepconv1d(
+    config: KernelConfig, lanes: int, interior: bool = False, ragged: int = 0
+) -> PrimFunc:
     """SeparableConv1D as a schedulable function of NumPy-like buffers.
 
     Arguments, in order: ``x (batch, steps, channels)`` or ``(batch, channels, steps)``, the packed
@@ -64,16 +61,17 @@ def sepconv1d(config: KernelConfig, lanes: int, interior: bool = False) -> PrimF
     element only; the packed weights are 64-byte aligned.
 
     The interior form has no stage ``pad``: it reads ``x`` where it lies. It is for whole tiles none
-    of whose taps leave the input, and reads up to a vector beyond the last channel of a row. In
-    channels_first its output is ``(batch, filters, steps/lanes, lanes)``: whole vectors only.
+    of whose taps leave the input, and in channels_last reads up to a vector beyond the last channel
+    of a row. With strides in channels_first the stage stays, to separate the phases; it then reads
+    up to ``strides - 1`` steps beyond the last tap.
+
+    In channels_first the output is ``(batch, filters, steps/lanes, lanes)``, whole vectors only,
+    except in the `ragged` form, which is for any number of steps.
     """
-    if interior and not has_interior(config):
-        raise ValueError(f"There is no interior form for strides in channels_first: {config.key}")
     if config.data_format == "channels_last":
         arguments = _channels_last(config, lanes, interior)
     else:
-        build = _channels_first_interior if interior else _channels_first
-        arguments = build(config, lanes)
+        arguments = _channels_first(config, lanes, interior, ragged)
     return _relax_arguments(te.create_prim_func(arguments), config.dtype)
 
 
@@ -159,66 +157,44 @@ def _channels_last(config: KernelConfig, lanes: int, interior: bool) -> list[te.
     return a.list(x, output)
 
 
-def _channels_first(config: KernelConfig, lanes: int) -> list[te.Tensor | tirx.Var]:
-    # The vector axis is time here. The padded input is split by phase of the stride, so that the
-    # taps of neighbouring outputs are neighbours in memory whatever the stride is.
+def _channels_first(
+    config: KernelConfig, lanes: int, interior: bool, ragged: int
+) -> list[te.Tensor | tirx.Var]:
+    # The vector axis is time here: steps are (vector, lane), and that the last vector is whole is
+    # in the shape, not in a predicate. The padded input is split by phase of the stride, so that
+    # the taps of neighbouring outputs are neighbours in memory whatever the stride is.
     a = _Arguments(config, lanes)
     acc, m, c = config.accumulation_dtype, config.depth_multiplier, config.channels
     stride, dilation = config.strides, config.dilation_rate
     panels, _, _ = a.pointwise.shape
-    x = te.placeholder((a.batch, c, a.steps), config.dtype, name="x")
-    pad = te.compute(
-        (a.batch, c, stride, a.long_steps + a.halo // stride + MAX_STEP_TILE),
-        lambda n, ch, phase, r: te.if_then_else(
-            a.inside(r * stride + phase), x[n, ch, r * stride + phase - a.left].astype(acc), a.zero
-        ),
-        name="pad",
-    )
-    depthwise = te.compute(
-        (a.batch, m, c, a.long_steps),
-        lambda n, j, ch, t: te.sum(
-            pad[n, ch, a.taps * dilation % stride, t + a.taps * dilation // stride]
-            * a.depthwise[a.taps, j, ch],
-            axis=a.taps,
-        ),
-        name="depthwise",
-    )
-    pointwise = te.compute(
-        (a.batch, panels, lanes, a.long_steps),
-        lambda n, fo, fi, t: te.sum(
-            depthwise[n, a.multiplier, a.channels, t]
-            * a.pointwise[fo, a.multiplier * c + a.channels, fi],
-            axis=[a.multiplier, a.channels],
-        ),
-        name="pointwise",
-    )
-    activation = te.compute(
-        (a.batch, panels, lanes, a.long_steps),
-        lambda n, fo, fi, t: a.finish(config, pointwise[n, fo, fi, t], fo * lanes + fi),
-        name="activation",
-    )
-    output = te.compute(
-        (a.batch, config.filters, a.out_steps),
-        lambda n, f, t: activation[n, f // lanes, f % lanes, t].astype(config.dtype),
-        name="output",
-    )
-    return a.list(x, output)
-
-
-def _channels_first_interior(config: KernelConfig, lanes: int) -> list[te.Tensor | tirx.Var]:
-    # Steps are (vector, lane): that the last vector is whole is in the shape, not in a predicate.
-    a = _Arguments(config, lanes)
-    acc, m, c = config.accumulation_dtype, config.depth_multiplier, config.channels
-    panels, _, _ = a.pointwise.shape
     vectors = te.var("vectors", "int32")
+    if ragged:  # in terms of tiles, or TVM cannot prove that tiles of three vectors stay inside
+        vectors = (a.out_steps + ragged * lanes - 1) // (ragged * lanes) * ragged
     long = vectors + MAX_STEP_TILE // lanes
     x = te.placeholder((a.batch, c, a.steps), config.dtype, name="x")
+
+    def read(n: PrimExpr, ch: PrimExpr, r: PrimExpr) -> PrimExpr:
+        return x[n, ch, r - a.left].astype(acc)
+
+    def source(n: PrimExpr, ch: PrimExpr, t: PrimExpr) -> PrimExpr:
+        tap = a.taps * dilation
+        if pad is None:
+            return read(n, ch, t + tap)
+        return pad[n, ch, tap % stride, t + tap // stride]
+
+    def padded_read(n: PrimExpr, ch: PrimExpr, phase: PrimExpr, r: PrimExpr) -> PrimExpr:
+        row = r * stride + phase
+        value = read(n, ch, row)
+        return value if interior else te.if_then_else(a.inside(row), value, a.zero)
+
+    pad = None
+    if not interior or stride > 1:
+        shape = (a.batch, c, stride, long * lanes + a.halo // stride + MAX_STEP_TILE)
+        pad = te.compute(shape, padded_read, name="pad")
     depthwise = te.compute(
         (a.batch, m, c, long, lanes),
         lambda n, j, ch, v, i: te.sum(
-            x[n, ch, v * lanes + i + a.taps * config.dilation_rate - a.left].astype(acc)
-            * a.depthwise[a.taps, j, ch],
-            axis=a.taps,
+            source(n, ch, v * lanes + i) * a.depthwise[a.taps, j, ch], axis=a.taps
         ),
         name="depthwise",
     )
@@ -236,11 +212,18 @@ def _channels_first_interior(config: KernelConfig, lanes: int) -> list[te.Tensor
         lambda n, fo, fi, v, i: a.finish(config, pointwise[n, fo, fi, v, i], fo * lanes + fi),
         name="activation",
     )
-    output = te.compute(
-        (a.batch, config.filters, vectors, lanes),
-        lambda n, f, v, i: activation[n, f // lanes, f % lanes, v, i].astype(config.dtype),
-        name="output",
-    )
+
+    def store(n: PrimExpr, f: PrimExpr, v: PrimExpr, i: PrimExpr) -> PrimExpr:
+        return activation[n, f // lanes, f % lanes, v, i].astype(config.dtype)
+
+    if ragged:
+        output = te.compute(
+            (a.batch, config.filters, a.out_steps),
+            lambda n, f, t: store(n, f, t // lanes, t % lanes),
+            name="output",
+        )
+    else:
+        output = te.compute((a.batch, config.filters, vectors, lanes), store, name="output")
     return a.list(x, output)
 
 

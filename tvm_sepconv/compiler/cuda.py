@@ -93,7 +93,8 @@ def emit_source(
             f"A block may take {cuda.SHARED_BYTES} bytes of shared memory; lower `step_tile` or "
             f"`channel_tile`, or set `stage_input` to False. Received: {size} bytes of {tiling}"
         )
-    schedule = Schedule(compute.sepconv1d(config, cuda.LANES))
+    vectors = tiling.step_tile // cuda.LANES
+    schedule = Schedule(compute.sepconv1d(config, cuda.LANES, ragged=vectors))
     function = cuda.fuse(schedule, config, tiling).mod["main"]
     name = KERNEL_NAME.removesuffix("_kernel")  # TVM adds it to the device part
     module = tvm.IRModule({name: function.with_attr("global_symbol", name)})

@@ -229,7 +229,8 @@ def build_candidate(
 
 def _library(folder: str, tiling: Tiling) -> str:
     (rows, vectors), (block, deep) = tiling.register_tile, tiling.depthwise_block
-    return os.path.join(folder, f"{tiling.step_tile}_{rows}x{vectors}_{block}x{deep}.so")
+    name = f"{tiling.step_tile}_{rows}x{vectors}_{block}x{deep}_{tiling.channel_block}.so"
+    return os.path.join(folder, name)
 
 
 def _candidate(sch: Schedule) -> ms.search_strategy.MeasureCandidate:

@@ -21,7 +21,8 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from tvm_sepconv.compiler import compute
-from tvm_sepconv.compiler.schedules.cpu import Tiling, fuse
+from tvm_sepconv.compiler.schedules.cpu import Tiling
+from tvm_sepconv.compiler.schedules.fused import fuse
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.config import KernelConfig
 

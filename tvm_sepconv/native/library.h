@@ -12,11 +12,11 @@ __attribute__((weak, visibility("hidden"))) void __aeabi_unwind_cpp_pr0(void) {}
 __attribute__((weak, visibility("hidden"))) void __aeabi_unwind_cpp_pr1(void) {}
 #endif
 
-/* One kernel: computes any number of steps, `step_tile` at a time, serially. Its interior form, if any, reads
- * the input where it lies: for whole tiles no tap of which leaves the input. */
+/* One kernel: computes any number of steps, `step_tile` at a time, serially; in channels_first any number of
+ * whole vectors of steps. Its interior form, if any, reads the input where it lies: for whole tiles no tap of
+ * which leaves the input. */
 typedef struct {
   int32_t step_tile;
-  int32_t interior_always; /* 0: only for rows aligned to a vector, otherwise a copy is faster */
   double cost; /* of one tile, in cycles as the schedule estimates them; only ratios count */
   TVMFFISafeCallType kernel, interior;
 } tvm_sepconv_variant;
@@ -30,7 +30,8 @@ typedef struct {
   int32_t accumulator_bits; /* of the packed weights: 32, 64 */
   int32_t lanes;            /* of the weight packing */
   int32_t variant_count;
-  const tvm_sepconv_variant* variants; /* longest tile first */
+  const tvm_sepconv_variant* variants; /* longest tile first; in channels_first the last is of `lanes` steps */
+  TVMFFISafeCallType ragged; /* in channels_first: less than a vector of steps */
 } tvm_sepconv_library;
 
 #endif /* TVM_SEPCONV_LIBRARY_H_ */

@@ -179,9 +179,13 @@ static DLTensor tensor(void* data, int rank, int64_t* shape, int64_t* strides, D
   return t;
 }
 
-/* One kernel call: `count` steps of sample `n` from step `first` on. */
-static int run_kernel(const call* c, TVMFFISafeCallType kernel, int interior, int64_t n, int64_t first,
-                      int64_t count) {
+/* Consecutive samples of a batch: what a kernel call computes the same steps of. */
+typedef struct {
+  int64_t first, count;
+} samples;
+
+/* One kernel call: `count` steps from step `first` on. */
+static int run_kernel(const call* c, TVMFFISafeCallType kernel, samples n, int64_t first, int64_t count) {
   const tvm_sepconv_layer* y = c->layer;
   const tvm_sepconv_library* l = y->library;
   const int64_t time_x = l->channels_first ? 1 : c->x.row_stride;
@@ -193,15 +197,16 @@ static int run_kernel(const call* c, TVMFFISafeCallType kernel, int interior, in
   int64_t needed = (count - 1) * l->strides + effective_kernel(l) - left;
   int64_t steps = c->steps - begin < needed ? c->steps - begin : needed;
   if (steps < 0) steps = 0;
-  char* x = (char*)c->x.data + (n * c->x.batch_stride + begin * time_x) * bytes;
-  char* out = (char*)c->y.data + (n * c->y.batch_stride + first * time_y) * bytes;
-  int64_t shape_x[3] = {1, steps, l->channels}, shape_y[3] = {1, count, l->filters};
+  char* x = (char*)c->x.data + (n.first * c->x.batch_stride + begin * time_x) * bytes;
+  char* out = (char*)c->y.data + (n.first * c->y.batch_stride + first * time_y) * bytes;
+  int64_t shape_x[3] = {n.count, steps, l->channels}, shape_y[3] = {n.count, count, l->filters};
   if (l->channels_first)
     shape_x[1] = l->channels, shape_x[2] = steps, shape_y[1] = l->filters, shape_y[2] = count;
-  int64_t strides_x[3] = {0, c->x.row_stride, 1}, strides_y[3] = {0, c->y.row_stride, 1};
-  const int vectors = interior && l->channels_first; /* its output is (…, vectors, lanes) */
-  int64_t shape_v[4] = {1, l->filters, count / l->lanes, l->lanes};
-  int64_t strides_v[4] = {0, c->y.row_stride, l->lanes, 1};
+  int64_t strides_x[3] = {c->x.batch_stride, c->x.row_stride, 1};
+  int64_t strides_y[3] = {c->y.batch_stride, c->y.row_stride, 1};
+  const int vectors = l->channels_first && kernel != l->ragged; /* its output is (…, vectors, lanes) */
+  int64_t shape_v[4] = {n.count, l->filters, count / l->lanes, l->lanes};
+  int64_t strides_v[4] = {c->y.batch_stride, c->y.row_stride, l->lanes, 1};
   const DLDataType type = {l->bfloat ? kDLBfloat : kDLFloat, (uint8_t)l->float_bits, 1};
   const DLDataType packed = {kDLFloat, (uint8_t)l->accumulator_bits, 1};
   DLTensor tensors[5] = {
@@ -227,28 +232,27 @@ static int run_kernel(const call* c, TVMFFISafeCallType kernel, int interior, in
   return status;
 }
 
-/* Whether a variant's interior form is the faster one for this input's alignment. */
+/* Whether a variant can read this input where it lies. */
 static int reads_in_place(const call* c, const tvm_sepconv_variant* variant) {
   const tvm_sepconv_library* l = c->layer->library;
-  const uintptr_t bytes = (uintptr_t)l->float_bits / 8;
-  const uintptr_t strides = (uintptr_t)(c->x.batch_stride | c->x.row_stride) * bytes;
-  const int aligned = !(((uintptr_t)c->x.data | strides) % ((uintptr_t)l->lanes * bytes));
   /* One row for all steps has no rows after it that its last vector may reach into. */
   const int repeated = !l->channels_first && !c->x.row_stride && l->channels % l->lanes;
-  return variant->interior && !repeated && (aligned || variant->interior_always);
+  return variant->interior && !repeated;
 }
 
-/* Steps [first, end) of sample `n` with one variant: the tiles whose taps all lie in the input with its
+/* Steps [first, end) with one variant: the tiles whose taps all lie in the input with its
  * interior form, those before and after with the other. */
-static int run_variant(const call* c, const tvm_sepconv_variant* variant, int64_t n, int64_t first,
+static int run_variant(const call* c, const tvm_sepconv_variant* variant, samples n, int64_t first,
                        int64_t end) {
   const tvm_sepconv_library* l = c->layer->library;
   const int64_t tile = variant->step_tile;
   int64_t from = end, to = end;
   if (reads_in_place(c, variant)) {
-    /* A row's last vector may reach into the rows that follow: then they have to be there. */
-    const int64_t beyond = l->channels_first ? 0 : (l->lanes - l->channels % l->lanes) % l->lanes;
-    const int64_t guard = beyond ? beyond / (c->x.row_stride > 0 ? c->x.row_stride : 1) + 1 : 0;
+    /* A row's last vector may reach into the rows that follow, phases of a stride into steps that no tap
+     * reads: then those have to be there. */
+    const int64_t beyond = (l->lanes - l->channels % l->lanes) % l->lanes;
+    int64_t guard = beyond ? beyond / (c->x.row_stride > 0 ? c->x.row_stride : 1) + 1 : 0;
+    if (l->channels_first) guard = l->strides - 1;
     const int64_t inside = (c->left + l->strides - 1) / l->strides;
     const int64_t room = c->steps + c->left - guard - effective_kernel(l);
     const int64_t last = room < 0 ? 0 : room / l->strides + 1; /* the first step whose taps leave */
@@ -256,26 +260,29 @@ static int run_variant(const call* c, const tvm_sepconv_variant* variant, int64_
     from = smaller(from, end);
     to = smaller(last, end) > from ? from + (smaller(last, end) - from) / tile * tile : from;
   }
-  int status = first < from ? run_kernel(c, variant->kernel, 0, n, first, from - first) : 0;
-  if (!status && from < to) status = run_kernel(c, variant->interior, 1, n, from, to - from);
-  if (!status && to < end) status = run_kernel(c, variant->kernel, 0, n, to, end - to);
+  int status = first < from ? run_kernel(c, variant->kernel, n, first, from - first) : 0;
+  if (!status && from < to) status = run_kernel(c, variant->interior, n, from, to - from);
+  if (!status && to < end) status = run_kernel(c, variant->kernel, n, to, end - to);
   return status;
 }
 
-/* Cost of `steps` with the variants from `i` on: the last tile of the longest is ragged, or what is left
- * goes to the shorter ones. */
-static double tail_cost(const tvm_sepconv_library* l, int i, int64_t steps) {
+enum { CALL_CYCLES = 250 }; /* of a kernel call, beside its tiles */
+
+/* Cost of `steps` of one sample with the variants from `i` on: the last tile of the longest is ragged, or what
+ * is left goes to the shorter ones. `call` is the sample's share of a kernel call. */
+static double tail_cost(const tvm_sepconv_library* l, int i, int64_t steps, double call) {
   const tvm_sepconv_variant* v = &l->variants[i];
   const int64_t tiles = steps / v->step_tile, tail = steps % v->step_tile;
-  if (!tail) return (double)tiles * v->cost;
-  const double ragged = (double)(tiles + 1) * v->cost;
+  const double whole = (double)tiles * v->cost;
+  if (!tail) return call + whole;
+  const double ragged = call + whole + v->cost;
   if (i + 1 == l->variant_count) return ragged;
-  const double shorter = (double)tiles * v->cost + tail_cost(l, i + 1, tail);
+  const double shorter = (tiles ? call : 0) + whole + tail_cost(l, i + 1, tail, call);
   return shorter < ragged ? shorter : ragged;
 }
 
-/* Steps [first, end) of sample `n`: whole tiles of each variant, longest first. */
-static int run_steps(const call* c, int64_t n, int64_t first, int64_t end) {
+/* Steps [first, end): whole tiles of each variant, longest first. */
+static int run_tiles(const call* c, samples n, int64_t first, int64_t end) {
   const tvm_sepconv_library* l = c->layer->library;
   const int64_t widest = c->x.row_stride > c->y.row_stride ? c->x.row_stride : c->y.row_stride;
   const int64_t longest = (l->channels_first ? INT_MAX / 8 : INT_MAX / 2 / (widest + 1)) / l->strides;
@@ -284,7 +291,8 @@ static int run_steps(const call* c, int64_t n, int64_t first, int64_t end) {
     const tvm_sepconv_variant* variant = &l->variants[i];
     const int64_t tile = variant->step_tile;
     int64_t count = (end - first) / tile * tile, tail = end - first - count;
-    if (i + 1 == l->variant_count || (tail && tail_cost(l, i + 1, tail) >= variant->cost))
+    const double call = CALL_CYCLES / (double)n.count, ragged = variant->cost + (count ? 0 : call);
+    if (i + 1 == l->variant_count || (tail && tail_cost(l, i + 1, tail, call) >= ragged))
       count = end - first;
     const int64_t most = longest / tile > 1 ? longest / tile * tile : tile; /* int32 indices */
     for (const int64_t stop = first + count; first < stop && !status;) {
@@ -296,16 +304,39 @@ static int run_steps(const call* c, int64_t n, int64_t first, int64_t end) {
   return status;
 }
 
+/* Steps [first, end) of samples `n`. */
+static int run_steps(const call* c, samples n, int64_t first, int64_t end) {
+  const tvm_sepconv_library* l = c->layer->library;
+  if (!l->channels_first) return run_tiles(c, n, first, end);
+  if (end - first < l->lanes) return run_kernel(c, l->ragged, n, first, end - first);
+  /* Kernels store whole vectors: the last one overlaps the one before it, with the same values. */
+  const int64_t rest = (end - first) % l->lanes;
+  const int status = run_tiles(c, n, first, end - rest);
+  return status || !rest ? status : run_tiles(c, n, end - l->lanes, end);
+}
+
+/* Whole samples that one kernel call can take: it indexes with 32 bits. */
+static int64_t samples_a_call(const call* c) {
+  const int64_t x = c->x.batch_stride, y = c->y.batch_stride, widest = x > y ? x : y;
+  if (x < 0 || y < 0) return 1;
+  return widest ? 1 + INT_MAX / 4 / widest : INT_MAX / 4;
+}
+
 static void run_task(void* context, int index) {
   call* c = context;
-  const int64_t total = c->batch * c->grains;
+  const int64_t total = c->batch * c->grains, most = samples_a_call(c);
   int64_t grain = total * index / c->tasks;
   const int64_t end = total * (index + 1) / c->tasks;
-  while (grain < end) { /* at most to the end of a sample at a time */
-    const int64_t n = grain / c->grains, base = n * c->grains;
-    const int64_t stop = end < base + c->grains ? end : base + c->grains;
+  while (grain < end) { /* at most to the end of a sample at a time, or whole samples */
+    samples n = {grain / c->grains, 1};
+    const int64_t base = n.first * c->grains;
+    int64_t stop = end < base + c->grains ? end : base + c->grains;
     const int64_t last = (stop - base) * c->grain;
-    if (run_steps(c, n, (grain - base) * c->grain, last < c->out_steps ? last : c->out_steps))
+    if (c->grains == 1) {
+      n.count = smaller(end - grain, most);
+      stop = grain + n.count;
+    }
+    if (run_steps(c, n, (grain - base) * c->grain, smaller(last, c->out_steps)))
       __atomic_store_n(&c->failed, 1, __ATOMIC_RELAXED);
     grain = stop;
   }

@@ -19,7 +19,7 @@ extern "C" {
 #endif
 
 /* Grows whenever a library built before could no longer be run; checked when one is opened. */
-#define TVM_SEPCONV_ABI 1
+#define TVM_SEPCONV_ABI 2
 
 typedef enum {
   TVM_SEPCONV_OK = 0,

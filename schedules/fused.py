@@ -1,0 +1,164 @@
+"""The fused CPU schedule, shared by the vector families: two data formats as named moves.
+
+Both compute one tile of output steps at a time, in scratch that stays in cache:
+
+1. ``pad``: the tile's input rows of some channels, zeros outside the input, whole vectors of them;
+2. ``depthwise``: those channels of the intermediate, taps outermost round a register block;
+3. ``pointwise``: a matrix product whose register tile accumulates over all channels;
+4. ``activation`` and ``output``: bias and activation of that register tile, stored as it is done.
+
+The interior form, for whole tiles whose taps all lie inside the input, has no ``pad``: it reads the
+input where it lies (`cpu.reads_in_place` says when that pays).
+
+Nothing between the stages goes further than the second-level cache, and only the last stage knows
+that the last tile may be ragged: the hot loops carry no predicate. In channels_first not even that
+one does: whole vectors of steps are stored, and a form of its own serves less than a vector.
+"""
+
+from __future__ import annotations
+
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm_sepconv.compiler.schedules.cpu import Tiling
+
+from tvm_sepconv.config import KernelConfig
+
+
+def fuse(
+    sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling, interior: bool = False
+) -> Schedule:
+    """Apply the fused schedule to ``sepconv1d(config, lanes, interior)``, in place."""
+    if config.data_format == "channels_last":
+        _fuse_last(sch, config, lanes, tiling, interior)
+    else:
+        _fuse_first(sch, config, lanes, tiling, interior)
+    return sch
+
+
+def _fuse_last(
+    sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling, interior: bool
+) -> None:
+    depthwise, pointwise, activation, output = _stages(sch)
+    rows, vectors = tiling.register_tile
+    batch, step, filter_ = sch.get_loops(output)
+    tile, block, row = sch.split(step, [None, tiling.step_tile // rows, rows])
+    panels, panel, lane = sch.split(filter_, [None, vectors, lanes])
+    sch.reorder(batch, tile, panels, block, row, panel, lane)
+    if config.filters % lanes == 0 and _inlines(config):  # store straight from the accumulators
+        sch.compute_inline(activation)
+        unroll(sch, [row, panel], lane)
+    else:  # the last vector is partial: finish whole vectors first, store what exists of them
+        sch.compute_at(activation, block, preserve_unit_loops=True)
+        unroll(sch, sch.get_loops(activation)[-3:-1], sch.get_loops(activation)[-1])
+    sch.compute_at(pointwise, block, preserve_unit_loops=True)
+    sch.set_scope(pointwise, 0, "local")
+    sch.compute_at(depthwise, tile, preserve_unit_loops=True)
+    *_, row, panel, lane, multiplier, channel = sch.get_loops(pointwise)
+    sch.reorder(multiplier, channel, row, panel, lane)
+    accumulate(sch, pointwise, multiplier, [row, panel], lane)
+    groups = -(-config.channels // lanes)
+    together = groups if interior else tiling.channel_block  # nothing is copied: rows as they lie
+    channels = depthwise_last(sch, depthwise, lanes, tiling.depthwise_block, together)
+    if interior:
+        return
+    pad = sch.get_sblock("pad")
+    sch.compute_at(pad, channels, preserve_unit_loops=True)
+    *_, channel = sch.get_loops(pad)
+    vectorize_head(sch, channel, min(tiling.channel_block * lanes, config.channels), lanes)
+
+
+def depthwise_last(
+    sch: Schedule, block: SBlockRV, lanes: int, tile: tuple[int, int], together: int
+) -> LoopRV:
+    """Returns the loop over channel blocks, `together` vectors of channels each."""
+    steps, vectors = tile
+    *_, step, multiplier, channel, tap = sch.get_loops(block)
+    blocks, row = sch.split(step, [None, steps])
+    # The pointwise stage reads the real channels only; computing the padding lanes of the last
+    # vector as well is what keeps the loop free of a predicate. The scratch has room for them.
+    factors = [None, together // vectors, vectors, lanes]
+    outer, groups, vector, lane = sch.split(channel, factors, disable_predication=True)
+    sch.reorder(outer, blocks, multiplier, groups, tap, row, vector, lane)
+    accumulate(sch, block, tap, [row, vector], lane)
+    return outer
+
+
+def _fuse_first(
+    sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling, interior: bool
+) -> None:
+    depthwise, pointwise, activation, output = _stages(sch)
+    rows, vectors = tiling.register_tile
+    batch, filter_, step, *inner = sch.get_loops(output)
+    ragged = not inner
+    if ragged:
+        step, *inner = sch.split(step, [None, lanes])
+    tile, column, vector = sch.split(step, [None, tiling.step_tile // (vectors * lanes), vectors])
+    panel, group, row = sch.split(filter_, [None, lanes // rows, rows])
+    sch.reorder(batch, tile, panel, group, column, row, vector, *inner)
+    if ragged or not _inlines(config):
+        sch.compute_at(activation, column, preserve_unit_loops=True)
+        unroll(sch, sch.get_loops(activation)[-3:-1], sch.get_loops(activation)[-1])
+    else:
+        sch.compute_inline(activation)
+    if not ragged:
+        unroll(sch, [row, vector], *inner)
+    sch.compute_at(pointwise, column, preserve_unit_loops=True)
+    sch.set_scope(pointwise, 0, "local")
+    sch.compute_at(depthwise, tile, preserve_unit_loops=True)
+    *_, panel, row, vector, lane, multiplier, channel = sch.get_loops(pointwise)
+    sch.reorder(multiplier, channel, panel, row, vector, lane)
+    accumulate(sch, pointwise, multiplier, [panel, row, vector], lane)
+    channels, vectors = tiling.depthwise_block
+    *_, multiplier, channel, step, lane, tap = sch.get_loops(depthwise)
+    in_place = interior and config.strides == 1
+    together = config.channels if in_place else tiling.channel_block
+    blocks, groups, row = sch.split(channel, [None, together // channels, channels])
+    columns, vector = sch.split(step, [None, vectors])
+    sch.reorder(blocks, multiplier, groups, columns, tap, row, vector, lane)
+    accumulate(sch, depthwise, tap, [row, vector], lane)
+    if not in_place:
+        pad = sch.get_sblock("pad")
+        sch.compute_at(pad, blocks, preserve_unit_loops=True)
+        if config.strides > 1:  # neighbours in memory belong to different phases
+            *_, phase, row = sch.get_loops(pad)
+            sch.reorder(row, phase)
+            sch.unroll(phase)
+
+
+def _inlines(config: KernelConfig) -> bool:
+    # TVM 0.27 rounds to bfloat16 by writing the value down several times, but refuses to vectorize
+    # a variable that is bound more than once, as those of an activation then are.
+    return config.dtype != "bfloat16"
+
+
+def _stages(sch: Schedule) -> list[SBlockRV]:
+    return [sch.get_sblock(n) for n in ("depthwise", "pointwise", "activation", "output")]
+
+
+def unroll(sch: Schedule, loops: list[LoopRV], *inner: LoopRV) -> None:
+    """Unroll all of the loops but the last, which becomes the vector."""
+    *more, lane = inner
+    for loop in [*loops, *more]:
+        sch.unroll(loop)
+    sch.vectorize(lane)
+
+
+def accumulate(
+    sch: Schedule, block: SBlockRV, outermost: LoopRV, tile: list[LoopRV], lane: LoopRV
+) -> None:
+    """Make `tile` x `lane` a register tile that is cleared before the reduction `outermost`."""
+    unroll(sch, tile, lane)
+    init = sch.decompose_reduction(block, outermost)
+    *_, lane = loops = sch.get_loops(init)
+    unroll(sch, loops[-len(tile) - 1 : -1], lane)
+
+
+def vectorize_head(sch: Schedule, loop: LoopRV, extent: int, lanes: int) -> None:
+    """Copy the whole vectors of `extent` elements as vectors, the rest one by one."""
+    whole = extent // lanes * lanes
+    if whole != extent:
+        if not whole:
+            return  # fewer channels than lanes: the code generator finds masked or narrow moves
+        loop, *_ = sch.loop_partition(loop, [whole, extent - whole])
+    _, lane = sch.split(loop, [None, lanes])
+    sch.vectorize(lane)
