@@ -5,7 +5,9 @@
 #   make check                     lint, format and types
 #   make tune TARGET=x86           search faster kernels on this machine, records into tuning_logs/; also TRIALS=8 MINUTES=10 WORKLOADS=QN-B1,QN-C1
 #   make build TARGET=x86          compile layers of the workload table, with the records there are
-#   make bench                     time beside ONNX Runtime; also WORKLOADS=QN-B1,QN-C1 THREADS=2
+#   make bench                     time beside other frameworks; also WORKLOADS=QN-B1,QN-C1 THREADS=1,2 HTML=page.html JSON=figures.json
+#   make bench-setup               the frameworks, each into an environment of its own in this user's cache
+#   make bench-spaces              let MetaSchedule tune TVM's own space first, to stand in the table; also WORKLOADS=QN-B1 TRIALS=64
 #   make wheel                     dist/*.whl
 #   make setup                     everything the above need, into .venv (each of them does its own part by itself)
 #   make clean                     remove what the above made
@@ -32,7 +34,7 @@ comma := ,
 CLI = $(VENV)/bin/tvm-sepconv
 SCOPE = --target $(TARGET) $(if $(WORKLOADS),--workloads $(WORKLOADS))
 
-.PHONY: setup demo test test-all check tune build bench wheel clean
+.PHONY: setup demo test test-all check tune build bench bench-setup bench-spaces wheel clean
 setup: $(VENV)/.has-dev
 
 demo: $(VENV)/.has-demo
@@ -56,7 +58,13 @@ build: $(VENV)/.has-demo
 	$(CLI) build $(SCOPE)
 
 bench: $(VENV)/.has-bench
-	$(VENV)/bin/python -m tvm_sepconv.bench $(subst $(comma), ,$(WORKLOADS)) $(if $(THREADS),--threads $(THREADS))
+	$(CLI) bench $(if $(WORKLOADS),'$(WORKLOADS)') $(if $(THREADS),--threads $(THREADS)) $(if $(JSON),--json $(JSON)) $(if $(HTML),--html $(HTML))
+
+bench-setup: $(VENV)/.has-bench
+	$(CLI) bench --setup
+
+bench-spaces: $(VENV)/.has-tune
+	$(CLI) bench $(if $(WORKLOADS),'$(WORKLOADS)') --metaschedule $(or $(TRIALS),64) $(if $(THREADS),--threads $(THREADS))
 
 # setuptools packs whatever an earlier build left in build/lib, deleted modules included.
 wheel: $(VENV)/bin/pip

@@ -56,7 +56,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("tune", "--target", "vax"), "must be one of .*x86_64-avx2.*Received: target=vax"),
         (("tune", "--workloads", "NOPE"), "No layer is called 'NOPE'. There are SEED, "),
         (("tune", "--workloads", "QN-B1,Z*"), r"No layer is called 'Z\*'"),
-        (("tune", "--workloads", " ,"), "`--workloads` must name a layer"),
+        (("tune", "--workloads", " ,"), "A layer must be named. There are SEED"),
         (("tune", "--trials", "1"), "`--trials` must be at least 2.*Received: 1"),
         (("tune", "--minutes", "0"), "`--minutes` must be positive. Received: 0"),
         (("tune", "--minutes", "nan"), "`--minutes` must be positive. Received: nan"),

@@ -68,10 +68,10 @@ def expected() -> str:
 def cache(tmp_path, monkeypatch):
     """A cache of this test's own."""
     monkeypatch.setenv("TVM_SEPCONV_CACHE", str(tmp_path / "cache"))
-    for cached in (jit._cache_root, jit._process_folder):
+    for cached in (jit.cache_root, jit._process_folder):
         cached.cache_clear()
     yield tmp_path / "cache"
-    for cached in (jit._cache_root, jit._process_folder):
+    for cached in (jit.cache_root, jit._process_folder):
         cached.cache_clear()
 
 
@@ -306,7 +306,7 @@ def test_a_user_without_a_home(cache, monkeypatch):
 
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.warns(UserWarning, match="Could not determine home directory"):
-        assert jit._cache_root().is_dir()
+        assert jit.cache_root().is_dir()
 
 
 @pytest.mark.parametrize(
@@ -319,7 +319,7 @@ def test_where_the_cache_is(cache, tmp_path, monkeypatch, variables, place):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value.format(tmp_path))
-    assert jit._cache_root() == tmp_path / place
+    assert jit.cache_root() == tmp_path / place
 
 
 # ---- what it compiles with ----------------------------------------------------------------------

@@ -99,7 +99,7 @@ def open_bundle(path: str | Path, target: str | None = None) -> tuple[Bundle, st
         runtime of another ABI, and for libraries this machine cannot run.
     """
     path = Path(path).absolute()  # libraries are opened again after `set_weights`, from wherever
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     bundle = Bundle(path, manifest)
     chosen = _choose(bundle, target)
     arch = manifest["runtimes"][chosen.split("-")[0]]
@@ -109,7 +109,7 @@ def open_bundle(path: str | Path, target: str | None = None) -> tuple[Bundle, st
             f"{runtime.ABI}. Save the layers again with this version, or install the matching one."
         )
     for entry in (arch, *manifest["libraries"][chosen].values(), *manifest["files"].values()):
-        _verify(path, entry["path"], entry["sha256"])
+        verify(path, entry["path"], entry["sha256"])
     return bundle, chosen
 
 
@@ -125,7 +125,14 @@ def tensor_bytes(tensors: dict[str, Array]) -> bytes:
     return save({name: np.ascontiguousarray(value) for name, value in tensors.items()})
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest of the bundle at `path`; its files are not looked at.
+
+    Raises
+    ------
+    BundleError
+        For a folder that is no bundle, a damaged manifest, a newer format.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -213,7 +220,14 @@ def _choose(bundle: Bundle, target: str | None) -> str:
     )
 
 
-def _verify(root: Path, name: str, expected: str) -> None:
+def verify(root: Path, name: str, expected: str) -> None:
+    """Check a file of the bundle at `root` against its sha256.
+
+    Raises
+    ------
+    BundleError
+        If it is missing, truncated or altered.
+    """
     try:
         found = sha256(root / name)
     except OSError as error:

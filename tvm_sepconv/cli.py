@@ -1,9 +1,8 @@
-"""The command ``tvm-sepconv``: tune, build, inspect."""
+"""The command ``tvm-sepconv``: tune, build, bench, inspect."""
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
 import importlib.util
 import os
 import signal
@@ -17,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from tvm_sepconv import bundle, gpu, jit, targets, workloads
+from tvm_sepconv.bench import command as benchmark
 from tvm_sepconv.config import KernelConfig
 from tvm_sepconv.display import display, summary
 from tvm_sepconv.workloads import Workload
@@ -74,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "Python: `layer.save(path)`, or `tvm_sepconv.save(tvm_sepconv.from_keras(file), path)`.",
         epilog=_EPILOG,
     )
+    bench = commands.add_parser("bench", help=benchmark.HELP, description=benchmark.DESCRIPTION)
     inspect = commands.add_parser(
         "inspect",
         help="verify a bundle and show what it holds",
@@ -87,8 +88,10 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, metavar="DIR", help="write DIR/<target>/<layer>.so and the runtime "
         "library beside them instead, for C programs and other machines",
     )  # fmt: skip
+    benchmark.add_arguments(bench)
     inspect.add_argument("bundle", type=Path)
-    for command, run in ((tune, _tune), (build, _build), (inspect, _inspect)):
+    runs = ((tune, _tune), (build, _build), (bench, benchmark.run), (inspect, _inspect))
+    for command, run in runs:
         command.set_defaults(run=run)
     return parser
 
@@ -120,18 +123,9 @@ def _add_search(tune: argparse.ArgumentParser) -> None:
 
 
 def _select(patterns: str) -> list[tuple[Workload, KernelConfig]]:
-    """The layers that comma-separated ids or patterns name, in the table's order, a kernel once."""
-    table = workloads.workloads()
-    chosen: set[str] = set()
-    for pattern in filter(None, (part.strip() for part in patterns.split(","))):
-        found = fnmatch.filter(table, pattern)
-        if not found:
-            raise ValueError(f"No layer is called {pattern!r}. There are {', '.join(table)}")
-        chosen.update(found)
-    if not chosen:
-        raise ValueError(f"`--workloads` must name a layer. There are {', '.join(table)}")
+    """The layers that ids or patterns name, a kernel once."""
     result: dict[KernelConfig, Workload] = {}
-    for workload in (table[name] for name in table if name in chosen):
+    for workload in workloads.select([patterns]):
         config = workload.config().kernel_config(workload.channels)
         if config in result:
             print(f"{workload.id} is left out: it has the kernel of {result[config].id}")
@@ -218,7 +212,7 @@ def _check_tunable(target: str) -> None:
 
 def _work_dir() -> Path:
     root: Path | None = jit.compiler("tvm_sepconv.compiler.logs").checkout()
-    return (root or jit._cache_root()) / "work"
+    return (root or jit.cache_root()) / "work"
 
 
 @contextmanager
@@ -277,12 +271,12 @@ def _origins(variants: Sequence[dict[str, Any]]) -> str:
 
 def _inspect(options: argparse.Namespace) -> int:
     path: Path = options.bundle
-    manifest = bundle._read_manifest(path)
+    manifest = bundle.read_manifest(path)
     libraries: dict[str, dict[str, Any]] = manifest["libraries"]
     files = [*manifest["files"].values(), *manifest["runtimes"].values()]
     files += [entry for group in libraries.values() for entry in group.values()]
     for entry in files:
-        bundle._verify(path, entry["path"], entry["sha256"])
+        bundle.verify(path, entry["path"], entry["sha256"])
     made_by = ", ".join(f"{name} {version}" for name, version in manifest["producer"].items())
     print(f"{path}: format {manifest['format_version']}, by {made_by}; {len(files)} files, intact")
     print("\nlayers")

@@ -52,7 +52,7 @@ def library(config: KernelConfig, target: str | None = None) -> tuple[Path, Path
     name = _host_target(target)
     need_compiler()
     key = _key(config, name)
-    root = _cache_root()
+    root = cache_root()
     entry = root / key
     with _building:
         if not _intact(entry):
@@ -124,8 +124,8 @@ def _sources_digest() -> str:
 
 
 @functools.cache
-def _cache_root() -> Path:
-    """The cache, created for this user alone; one of this process's own if that cannot be had."""
+def cache_root() -> Path:
+    """Return the cache, made for this user alone; this process's own if that cannot be had."""
     chosen = os.environ.get("TVM_SEPCONV_CACHE")
     try:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

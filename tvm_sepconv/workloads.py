@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from importlib.resources import files
 from typing import Any
 
@@ -46,3 +48,30 @@ def workloads() -> dict[str, Workload]:
         )
         for row in rows
     }
+
+
+def select(patterns: Iterable[str]) -> list[Workload]:
+    """Return the workloads that ids or patterns name, in the table's order.
+
+    Parameters
+    ----------
+    patterns
+        Each is one, or several with commas between them: ``QN-B1,CN-*``. None at all name all.
+
+    Raises
+    ------
+    ValueError
+        If one names no workload, or all are empty; naming those that there are.
+    """
+    table = workloads()
+    patterns = list(patterns)
+    words = [word.strip() for pattern in patterns for word in pattern.split(",") if word.strip()]
+    if patterns and not words:
+        raise ValueError(f"A layer must be named. There are {', '.join(table)}")
+    chosen: set[str] = set()
+    for word in words:
+        found = [name for name in table if fnmatchcase(name, word)]
+        if not found:
+            raise ValueError(f"No layer is called {word!r}. There are {', '.join(table)}")
+        chosen.update(found)
+    return [workload for name, workload in table.items() if name in chosen or not patterns]

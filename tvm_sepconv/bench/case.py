@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tvm_sepconv import reference
+from tvm_sepconv.bench.subjects import Subject, of_workload
 from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.workloads import Workload
 
@@ -27,6 +30,8 @@ class Case:
         float32, in the layer's data format.
     expected, allowed
         The reference's answer and how far from it each element may lie; in the data format too.
+    target
+        The instruction set that ours is compiled for; "" for this machine's best.
     """
 
     config: SepConvConfig
@@ -34,29 +39,50 @@ class Case:
     x: Array
     expected: Array
     allowed: Array
+    target: str = ""
 
     @classmethod
     def of(cls, workload: Workload, data_format: str) -> Case:
         """Draw weights and an input for a workload; the same ones each time."""
-        config = workload.config(data_format=data_format)
-        depthwise = config.depthwise_shape(workload.channels)
-        pointwise = config.pointwise_shape(workload.channels)
-        shapes: list[tuple[int, ...]] = [depthwise, pointwise]
+        return cls.of_subject(of_workload(workload, data_format))
+
+    @classmethod
+    def of_subject(cls, subject: Subject, target: str = "") -> Case:
+        """Draw an input for a subject, and weights if it has none; the same ones each time."""
+        config, draw = subject.config, np.random.default_rng(0)
+        shapes: list[tuple[int, ...]] = [
+            config.depthwise_shape(subject.channels),
+            config.pointwise_shape(subject.channels),
+        ]
         shapes += [config.bias_shape] * config.use_bias
-        draw = np.random.default_rng(0)
-        weights = tuple(draw.standard_normal(shape, np.float32) for shape in shapes)
-        x = draw.standard_normal(workload.input_shape(data_format), np.float32)
+        drawn = tuple(draw.standard_normal(shape, np.float32) for shape in shapes)
+        weights = subject.weights or drawn
+        x = draw.standard_normal(subject.input_shape, np.float32)
         terms = (weights[0], weights[1], weights[2] if config.use_bias else None, config)
-        length = config.kernel_size + pointwise[1]
+        length = config.kernel_size + shapes[1][1]
         rounding = 4 * float(np.finfo(np.float32).eps) * length**0.5
-        # The bound is the sums'. Linear, relu and elu do not stretch differences.
+        bound = rounding * reference.magnitude(x, *terms)
+        sums = reference.separable_conv1d(x, *terms, activate=False)
+        expected = np.asarray(config.activation(sums))
+        return cls(config, weights, x, expected, _stretched(config, sums, bound, expected), target)
+
+    def save(self, path: Path) -> None:
+        """Write it to an ``.npz`` file, for another process."""
+        arrays: dict[str, Any] = {f"weights_{i}": array for i, array in enumerate(self.weights)}
+        arrays["config"] = json.dumps({"config": self.config.to_dict(), "target": self.target})
+        np.savez(path, x=self.x, expected=self.expected, allowed=self.allowed, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Case:
+        """Read what `save` wrote."""
+        with np.load(path) as file:
+            arrays = dict(file)
+        plain = json.loads(str(arrays["config"]))
+        weights = tuple(arrays[name] for name in sorted(arrays) if name.startswith("weights_"))
         return cls(
-            config,
-            weights,
-            x,
-            reference.separable_conv1d(x, *terms),
-            rounding * reference.magnitude(x, *terms),
-        )
+            SepConvConfig.from_dict(plain["config"]), weights, arrays["x"], arrays["expected"],
+            arrays["allowed"], plain["target"],
+        )  # fmt: skip
 
     @property
     def channels(self) -> int:
@@ -70,8 +96,32 @@ class Case:
 
     def channels_first(self, array: Array) -> Array:
         """Return an array of the layer's data format as (batch, channels, steps), contiguous."""
-        channels_last = self.config.channel_axis == -1
-        return np.ascontiguousarray(array.swapaxes(1, 2) if channels_last else array)
+        return np.ascontiguousarray(array.swapaxes(1, 2) if self._channels_last else array)
+
+    def channels_last(self, array: Array) -> Array:
+        """Return an array of the layer's data format as (batch, steps, channels), contiguous."""
+        return np.ascontiguousarray(array if self._channels_last else array.swapaxes(1, 2))
+
+    def from_channels_first(self, array: Array) -> Array:
+        """Return (batch, filters, [1,] steps) in the layer's data format."""
+        array = array.reshape(array.shape[0], array.shape[1], -1)
+        return array.swapaxes(1, 2) if self._channels_last else array
+
+    def from_channels_last(self, array: Array) -> Array:
+        """Return (batch, [1,] steps, filters) in the layer's data format."""
+        array = array.reshape(array.shape[0], -1, array.shape[-1])
+        return array if self._channels_last else array.swapaxes(1, 2)
+
+    @property
+    def _channels_last(self) -> bool:
+        return self.config.channel_axis == -1
+
+
+def _stretched(config: SepConvConfig, sums: Array, bound: Array, expected: Array) -> Array:
+    """How far an output may lie off if its sum lies off by `bound`: more where it is steep."""
+    with np.errstate(all="ignore"):
+        less, more = (np.abs(config.activation(sums + s * bound) - expected) for s in (-1, 1))
+    return np.asarray(np.maximum(np.maximum(less, more), bound))
 
 
 def check(name: str, output: Array, expected: Array, allowed: Array) -> None:

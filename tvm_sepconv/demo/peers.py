@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import numpy as np
 
-from tvm_sepconv.bench import peers
-from tvm_sepconv.bench.peers import missing_for_onnxruntime as missing_for_onnxruntime
+from tvm_sepconv.bench.contestants import onnxruntime
 from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.interop.keras import SavedLayer
 
 Apply = Callable[[np.ndarray], np.ndarray]
+
+ONNXRUNTIME = "ONNX Runtime"
+
+
+def missing_for_onnxruntime() -> list[str]:
+    """Return which of the packages that ONNX Runtime needs are not installed."""
+    return [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
 
 
 def numpy_layer(layer: SavedLayer) -> Apply:
@@ -52,5 +59,5 @@ def numpy_layer(layer: SavedLayer) -> Apply:
 def onnxruntime_layer(layer: SavedLayer, threads: int) -> Apply:
     """Return the layer in ONNX Runtime, (batch, channels, steps) to (batch, filters, steps)."""
     config = SepConvConfig.from_dict(layer.config)
-    run = peers.onnxruntime_layer(config, layer.weights, threads)
+    run = onnxruntime.layer(config, layer.weights, threads)
     return lambda x: run(x[:, :, None])[:, :, 0]

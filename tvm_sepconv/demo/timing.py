@@ -17,7 +17,6 @@ import numpy as np
 import tvm_sepconv
 from tvm_sepconv.bench.case import check, describe
 from tvm_sepconv.bench.machine import where
-from tvm_sepconv.bench.peers import ONNXRUNTIME
 from tvm_sepconv.bench.report import OURS
 from tvm_sepconv.bench.timing import interleave
 from tvm_sepconv.config import SepConvConfig
@@ -69,12 +68,12 @@ def report(layers: Mapping[str, tuple[SavedLayer, Apply]], frames: Sequence[int]
     """
     tvm_sepconv.set_num_threads(THREADS)
     missing = peers.missing_for_onnxruntime()
-    names = [OURS, NUMPY] if missing else [OURS, NUMPY, ONNXRUNTIME]
+    names = [OURS, NUMPY] if missing else [OURS, NUMPY, peers.ONNXRUNTIME]
     print(f"\nMedian µs of a whole call, batch 1, {where(THREADS)}")
     if missing:
-        print(f"{ONNXRUNTIME} is left out: {' and '.join(missing)} not installed")
+        print(f"{peers.ONNXRUNTIME} is left out: {' and '.join(missing)} not installed")
     else:
-        print(f"{ONNXRUNTIME} gets its own layout, channels first")
+        print(f"{peers.ONNXRUNTIME} gets its own layout, channels first")
     print(f"{'layer':28}{'frames':>7}" + "".join(f"{name:>14}" for name in names))
     for saved, compiled in layers.values():
         for steps in frames:
@@ -95,8 +94,8 @@ def _calls(saved: SavedLayer, compiled: Apply, steps: int, with_onnx: bool) -> d
     if with_onnx:
         in_onnx = peers.onnxruntime_layer(saved, THREADS)
         x_first = np.ascontiguousarray(x.swapaxes(1, 2))
-        calls[ONNXRUNTIME] = lambda: in_onnx(x_first)
-        _check(ONNXRUNTIME, in_onnx(x_first).swapaxes(1, 2), expected)
+        calls[peers.ONNXRUNTIME] = lambda: in_onnx(x_first)
+        _check(peers.ONNXRUNTIME, in_onnx(x_first).swapaxes(1, 2), expected)
     return calls
 
 

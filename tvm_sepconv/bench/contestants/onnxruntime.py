@@ -1,73 +1,39 @@
-"""Other people's frameworks, each in its best honest form. For now ONNX Runtime, on the CPU."""
+"""The layer in ONNX Runtime on the CPU, and as an ONNX model."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tvm_sepconv import activations
-from tvm_sepconv.bench.case import Case, check
-from tvm_sepconv.bench.timing import interleave
+from tvm_sepconv.bench.case import Case
+from tvm_sepconv.bench.contestants import Prepared
 from tvm_sepconv.config import SepConvConfig
 
 Array = npt.NDArray[Any]
 
-ONNXRUNTIME = "ONNX Runtime"
-TRIAL_SECS = 0.1
 # ONNX's convolutions are given one spatial axis, or two with a height of 1: the CPU provider has
 # its blocked layout for two only, more than twice as fast for some shapes and no gain for others.
-_FORMS = {"1-D": False, "2-D, height 1": True}
+FORMS = {"1-D": False, "2-D, height 1": True}
 # The ONNX operators that make up an activation.
 _ACTIVATIONS = {"linear": (), "relu": ("Relu",), "elu": ("Elu",), "silu": ("Sigmoid", "Mul")}
 
 
-class Prepared(NamedTuple):
-    """A peer that was checked and can be timed: NumPy in, NumPy out, in its own layout."""
-
-    call: Callable[[], Array]
-    form: str
-
-
-def missing_for_onnxruntime() -> list[str]:
-    """Return which of the packages that this peer needs are not installed."""
-    return [name for name in ("onnx", "onnxruntime") if importlib.util.find_spec(name) is None]
-
-
-def available() -> tuple[dict[str, Callable[[Case, int], Prepared]], list[str]]:
-    """Return the peers that can be measured here, by name, and the packages missing for others."""
-    missing = missing_for_onnxruntime()
-    return ({} if missing else {ONNXRUNTIME: prepare_onnxruntime}), missing
-
-
-def prepare_onnxruntime(case: Case, threads: int) -> Prepared:
-    """Return the faster of ONNX Runtime's forms of a case, in its own layout, channels first.
-
-    Raises
-    ------
-    AssertionError
-        If the output of one of them is not the layer's.
-    """
-    x, expected, allowed = (case.channels_first(a) for a in (case.x, case.expected, case.allowed))
-    calls: dict[str, Callable[[], Array]] = {}
-    for form, height in _FORMS.items():
+def prepare(case: Case, threads: int) -> list[Prepared]:
+    """Return ONNX Runtime's forms of a case, in its own layout, channels first."""
+    x = case.channels_first(case.x)
+    result = []
+    for form, height in FORMS.items():
         shape = (x.shape[0], case.steps)
-        run = onnxruntime_layer(case.config, case.weights, threads, shape, height=height)
-        calls[form] = _bind(run, x[:, :, None] if height else x)
-        check(f"{ONNXRUNTIME} ({form})", calls[form]().reshape(expected.shape), expected, allowed)
-    times = interleave(calls, TRIAL_SECS, settle=threads > 1)
-    form = min(times, key=lambda name: times[name].median_us)
-    return Prepared(calls[form], form)
+        run = layer(case.config, case.weights, threads, shape, height=height)
+        result.append(Prepared(form, run, x[:, :, None] if height else x, case.from_channels_first))
+    return result
 
 
-def _bind(run: Callable[[Array], Array], x: Array) -> Callable[[], Array]:
-    return lambda: run(x)
-
-
-def onnxruntime_layer(
+def layer(
     config: SepConvConfig,
     weights: Sequence[Array],
     threads: int,
@@ -94,19 +60,23 @@ def onnxruntime_layer(
         For an activation that has no ONNX form here, or unknown steps where the padding depends on
         them.
     """
+    return session(onnx_model(config, weights, shape, height), threads)
+
+
+def session(model: Any, threads: int) -> Callable[[Array], Array]:
+    """Return an ``onnx.ModelProto`` of one input ``x`` and one output as a function."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    model = onnx_model(config, weights, shape, height)
-    session = onnxruntime.InferenceSession(
+    loaded = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    outputs = [output.name for output in session.get_outputs()]
+    outputs = [output.name for output in loaded.get_outputs()]
 
     def run(x: Array) -> Array:
-        return session.run(outputs, {"x": x})[0]  # type: ignore[no-any-return]
+        return loaded.run(outputs, {"x": x})[0]  # type: ignore[no-any-return]
 
     return run
 
@@ -117,8 +87,8 @@ def onnx_model(
     shape: tuple[int | None, int | None],
     height: bool,
 ) -> Any:
-    """Return the layer as an ``onnx.ModelProto``; arguments as of `onnxruntime_layer`."""
-    from onnx import TensorProto, helper, numpy_helper
+    """Return the layer as an ``onnx.ModelProto``; arguments as of `layer`."""
+    from onnx import helper
 
     channels, multiplier = weights[0].shape[1:]
     depthwise = weights[0].transpose(1, 2, 0).reshape(channels * multiplier, 1, -1)
@@ -128,9 +98,7 @@ def onnx_model(
         "dilations": [config.dilation_rate],
         "strides": [config.strides],
     }
-    ones: list[int] = []
     if height:
-        ones = [1]
         left, right = spatial["pads"]
         spatial = {name: [1, *values] for name, values in spatial.items()}
         spatial["pads"] = [0, left, 0, right]
@@ -146,11 +114,20 @@ def onnx_model(
         result = f"z_{operator}"
         nodes.append(helper.make_node(operator, inputs, [result]))
     batch, steps = shape
+    ones = [1] * height
     dims = {"x": [batch, channels, *ones, steps], result: [batch, config.filters, *ones, None]}
+    return graph_model(config.name, nodes, dims, {**constants, **bias})
+
+
+def graph_model(
+    name: str, nodes: Sequence[Any], dims: dict[str, list[int | None]], arrays: dict[str, Array]
+) -> Any:
+    """Return a model of these nodes; `dims` of its input and of its output, by name."""
+    from onnx import TensorProto, helper, numpy_helper
+
     x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, d) for n, d in dims.items())
-    arrays = {**constants, **bias}
     initializers = [numpy_helper.from_array(np.ascontiguousarray(v), k) for k, v in arrays.items()]
-    graph = helper.make_graph(nodes, config.name, [x], [y], initializers)
+    graph = helper.make_graph(list(nodes), name, [x], [y], initializers)
     # Opset 17 and IR 8 are read by every ONNX Runtime since 1.12 (2022).
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
@@ -168,7 +145,7 @@ def _operators(config: SepConvConfig) -> tuple[str, ...]:
     name = activations.name_of(config.activation)
     if name not in _ACTIVATIONS:
         raise ValueError(
-            f"The `activation` of a layer in ONNX Runtime must be one of {list(_ACTIVATIONS)}. "
+            f"The `activation` of a layer in ONNX must be one of {list(_ACTIVATIONS)}. "
             f"Received: activation={name}"
         )
     return _ACTIVATIONS[name]
