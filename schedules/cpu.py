@@ -180,9 +180,9 @@ def _tilings_last(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[T
     middle = max(16 // rows, 2) * rows
     while long > middle and _scratch(config, long, lanes) > SCRATCH_BYTES:
         long = max(long // 2 // rows * rows, middle)
-    # A few steps have few rows of accumulators; more vectors make up for them, as long as those
-    # of one step do not stream from the second-level cache side by side.
-    few = unit.registers // (16 if _weight_bytes(config, lanes) > L1_BYTES else 8)
+    # A few steps have few rows of accumulators; more vectors make up for them. Only whole lines of
+    # weights that stream from the second-level cache are better taken two at a time.
+    few = 2 if unit.bytes == 64 and _weight_bytes(config, lanes) > L1_BYTES else 4
     tiles = {long: (rows, wide), middle: (rows, wide)}
     tiles[4] = (4, _divisor(panels, unit.registers // 8))
     tiles[1] = (1, _divisor(panels, few))

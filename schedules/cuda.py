@@ -230,8 +230,11 @@ def _share_out(sch: Schedule, block: SBlockRV, under: LoopRV, tiling: Tiling) ->
     """Compute `block` under a loop with the whole thread block; return the loop of one thread."""
     axes = len(sch.get_loops(block))
     sch.compute_at(block, under, preserve_unit_loops=True)
-    elements = sch.fuse(*sch.get_loops(block)[-axes:])
-    _, warp, lane = sch.split(elements, [None, tiling.warps, LANES])
+    *outer, lane = sch.get_loops(block)[-axes:]
+    if sch.get(lane).extent == LANES:  # fused, it is no longer found where warps do not divide
+        _, warp = sch.split(sch.fuse(*outer), [None, tiling.warps])
+    else:
+        _, warp, lane = sch.split(sch.fuse(*outer, lane), [None, tiling.warps, LANES])
     sch.bind(warp, "threadIdx.y")
     sch.bind(lane, "threadIdx.x")
     return lane
