@@ -23,7 +23,10 @@ from tvm_sepconv.config import KernelConfig
 
 TARGET = "x86_64-avx2"
 CONFIG = KernelConfig(channels=64, filters=64, kernel_size=9)
-DECISIONS = {"step_tile": 96, "register_tile": [6, 2], "depthwise_block": [4, 2]}
+DECISIONS = {
+    "step_tile": 96, "register_tile": [6, 2], "depthwise_block": [4, 2], "channel_block": 2,
+}  # fmt: skip
+WITHOUT_BLOCK = {name: DECISIONS[name] for name in DECISIONS if name != "channel_block"}
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +117,7 @@ def test_the_own_record_is_exact(folders: dict[str, Path]) -> None:
     assert match is not None
     assert (match.distance, match.origin, match.record) == (0.0, "tuned", record())
     assert match.tiling.to_dict() == {
-        "step_tile": 96, "register_tile": (6, 2), "depthwise_block": (4, 2),
+        "step_tile": 96, "register_tile": (6, 2), "depthwise_block": (4, 2), "channel_block": 2,
     }  # fmt: skip
 
 
@@ -187,10 +190,16 @@ def test_a_core_has_records_of_its_own(folders: dict[str, Path]) -> None:
     [
         ({**DECISIONS, "prefetch": 1}, "prefetch"),
         ({"step_tile": 96}, "decisions are"),
+        (WITHOUT_BLOCK, r"decisions are \['channel_block'"),  # as written before there were blocks
         ({**DECISIONS, "register_tile": 3}, "iterable"),
         ({**DECISIONS, "register_tile": [6, 2, 1]}, "pairs of integers"),
         ({**DECISIONS, "depthwise_block": ["4", 2]}, "pairs of integers"),
+        ({**DECISIONS, "channel_block": [2]}, "int"),
         ({**DECISIONS, "step_tile": 1536}, "do not fit"),
+        ({**DECISIONS, "channel_block": 3}, "do not fit"),
+        ({**DECISIONS, "channel_block": 1}, "do not fit"),  # less than the depthwise block
+        ({**DECISIONS, "channel_block": 16}, "do not fit"),  # more than there are channels
+        ({**DECISIONS, "channel_block": 0}, "do not fit"),
         ({**DECISIONS, "register_tile": [7, 2]}, "do not fit"),
         ({**DECISIONS, "register_tile": [0, 2]}, "do not fit"),
         ({**DECISIONS, "register_tile": [12, 2]}, "do not fit"),

@@ -39,6 +39,14 @@ BLOCKED = {
     "ml_dtypes",
     *FRAMEWORKS,
 }
+# What only some calls need and takes milliseconds to import: imported inside those functions.
+DEFERRED = {
+    "argparse", "asyncio", "email", "importlib.metadata", "importlib.resources", "logging",
+    "multiprocessing", "numpy.random", "numpy.testing", "random", "safetensors", "secrets",
+    "socket", "subprocess", "tempfile", "unittest", "zipfile",
+    "tvm_sepconv.bench", "tvm_sepconv.cli", "tvm_sepconv.compiler", "tvm_sepconv.interop",
+    "tvm_sepconv.jit", "tvm_sepconv.workloads",
+}  # fmt: skip
 
 
 def _listed() -> list[Path]:
@@ -212,6 +220,20 @@ def test_a_plain_import_loads_no_framework_that_is_installed() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert not {name.partition(".")[0] for name in done.stdout.split()} & BLOCKED
+
+
+def test_a_plain_import_loads_nothing_that_takes_long_besides_numpy() -> None:
+    code = (
+        "import sys, numpy, numpy.typing; before = set(sys.modules); "
+        "import tvm_sepconv; print(*set(sys.modules) - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    added = set(done.stdout.split())
+    assert "tvm_sepconv.layer" in added
+    assert not added & DEFERRED
 
 
 def test_the_top_level_is_what_was_agreed() -> None:
