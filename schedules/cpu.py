@@ -21,12 +21,16 @@ during the matrix product                                         elsewhere; not
                                    for one set of L1              L2's bandwidth
 channels_first: store whole        no predicate, no copy of the   MB-1 65 to 79 %, QA-7 87 to
 vectors, the last one overlapping  output                         90 %, QN-C1 67 to 72 %
-channels_first, 16 taps and more   a load that crosses a line     QN-B1 88, not 96 %: that is the
+channels_first with strides: no   the compiler's gathers need    CN-1d 74 to 83 %
+bounds tested in the inner tiles   no masks
+channels_first, 16 taps and more   a load that crosses a line     QN-B1 85, not 96 %: that is the
                                    takes two turns                bound; registers can't shift
 SSE4.2: 2 x 4, not 6 x 2           a broadcast costs a shuffle:   QN-B1 62 to 65 % of 57 GFLOP/s;
                                    fewer rows                     copies of registers, which
                                                                   SSE's two operands need, and
                                                                   shuffles fill the front end
+SSE4.2: each element 4 times in    no shuffles: 91 % in a loop    75 %, from L2; not kept: four
+scratch                            inside L1                      times the scratch
 ================================== ============================== ===============================
 """
 
