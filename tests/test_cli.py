@@ -20,6 +20,7 @@ import pytest
 
 import tvm_sepconv
 from tvm_sepconv import bundle, cli, display, gpu, jit, reference, targets
+from tvm_sepconv.commands import inspect, scope, tune
 from tvm_sepconv.compiler import logs, measure
 from tvm_sepconv.compiler.search import Progress
 from tvm_sepconv.compiler.targets import cpu
@@ -146,7 +147,7 @@ def test_errors_of_tvm_itself_are_not_the_users(monkeypatch: pytest.MonkeyPatch)
     def fail(patterns: str) -> None:
         raise InternalError("a bug")
 
-    monkeypatch.setattr(cli, "_select", fail)
+    monkeypatch.setattr(scope, "select", fail)
     with pytest.raises(InternalError, match="a bug"):
         cli.main(["build"])
 
@@ -203,7 +204,7 @@ def _sending_ctrl_c(after: int) -> Callable[[], Any]:
 def test_ctrl_c_keeps_what_was_found(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cli, "display", _sending_ctrl_c(after=2))
+    monkeypatch.setattr(tune, "display", _sending_ctrl_c(after=2))
     before = signal.getsignal(signal.SIGINT)
     scope = ["--target", "x86", "--workloads", "MB-1,CN-21", "--logs", str(tmp_path / "mine")]
     search = ["--trials", "4", "--work-dir", str(tmp_path / "work")]
@@ -357,7 +358,7 @@ def test_inspect_tells_tuned_transferred_and_default() -> None:
     ]  # fmt: skip
     names = ("decisions", "origin", "record_secs", "distance")
     variants = [dict(zip(names, ({"step_tile": n}, *rest), strict=True)) for n, *rest in rows]
-    assert cli._origins(variants) == (
+    assert inspect.origins(variants) == (
         "tiles of 96 steps tuned (10.0 µs), tiles of 64 steps transferred (distance 1.3), "
         "tiles of 4, 1 steps default"
     )

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tvm_sepconv.compiler.search import Progress
 
 HELP = "measure layers beside other people's frameworks and the machine's limits"
+EPILOG = None
 DESCRIPTION = (
     "Measure layers: the published ones by id, one from arguments, or those of a .keras file. "
     "Every framework runs in a process of its own; outputs are compared with the reference before "
