@@ -52,12 +52,16 @@ class Tiling:
     accumulators: rows are steps (channels_last) or filters (channels_first), vectors run along the
     other. ``depthwise_block`` is (steps, vectors) or (channels, vectors) accumulated over the taps.
     ``channel_block`` vectors of channels, or channels, are copied and convolved together.
+    ``in_place``: tiles whose taps all lie inside the input read it where it lies. ``local_sums``:
+    the depthwise sums are variables of their own, stored once, and not updated in the scratch.
     """
 
     step_tile: int
     register_tile: tuple[int, int]
     depthwise_block: tuple[int, int]
     channel_block: int
+    in_place: bool
+    local_sums: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a record."""
@@ -82,6 +86,8 @@ class Tiling:
             register_tile=tuple(decisions["register_tile"]),
             depthwise_block=tuple(decisions["depthwise_block"]),
             channel_block=int(decisions["channel_block"]),
+            in_place=bool(decisions["in_place"]),
+            local_sums=bool(decisions["local_sums"]),
         )
 
 
@@ -153,7 +159,7 @@ def _weight_bytes(config: KernelConfig, lanes: int) -> int:
     return config.mid_channels * -(-config.filters // lanes) * lanes * _element_bytes(config)
 
 
-def reads_in_place(config: KernelConfig, tiling: Tiling) -> bool:
+def _reads_in_place(config: KernelConfig, tile: int) -> bool:
     """Whether a variant gains by an interior form, which reads the input where it lies.
 
     Copying a tile's rows costs about 3.5 cycles a vector, halo included. It aligns them, where most
@@ -162,12 +168,11 @@ def reads_in_place(config: KernelConfig, tiling: Tiling) -> bool:
     taps 112 and 110, 13 taps the same.)
     """
     last = config.data_format == "channels_last"
-    if tiling.step_tile < 16 and last:
+    if tile < 16 and last:
         return False
     if config.strides > 1 and not last:
         return True  # it copies, but asks of no element whether it lies in the input
-    copied = _copied(config, tiling.step_tile)
-    return config.kernel_size / 2 <= 3.5 * copied / tiling.step_tile
+    return config.kernel_size / 2 <= 3.5 * _copied(config, tile) / tile
 
 
 def _tilings_last(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[Tiling, ...]:
@@ -209,7 +214,14 @@ def _with_blocks(
     else:
         row_bytes = _copied(config, tile) * lanes * _element_bytes(config)
         block = _block(groups, deep, L1_BYTES // row_bytes)
-    return Tiling(tile, register_tile, (math.gcd(steps, tile), deep), block)
+    return Tiling(
+        step_tile=tile,
+        register_tile=register_tile,
+        depthwise_block=(math.gcd(steps, tile), deep),
+        channel_block=block,
+        in_place=_reads_in_place(config, tile),
+        local_sums=False,
+    )
 
 
 def _block(number: int, unit: int, most: int) -> int:
@@ -236,6 +248,9 @@ def _tilings_first(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[
             register_tile=(rows, min(2, tile // lanes)),
             depthwise_block=(channels, min(4, tile // lanes)),
             channel_block=_block(config.channels, channels, L1_BYTES // row_bytes),
+            in_place=_reads_in_place(config, tile),
+            # Sums side by side in memory keep the store of their first zeros.
+            local_sums=unit.registers > 16,
         )
         for tile in sorted({long, 2 * lanes, lanes}, reverse=True)
     )
@@ -285,14 +300,17 @@ def candidates(config: KernelConfig, unit: VectorUnit) -> tuple[Tiling, ...]:
     parts = -(-config.channels // lanes) if last else config.channels
     blocks = (parts,) if parts < 2 else (*(n for n in (2, 4, 8, 16) if n < parts), parts)
     space = (
-        Tiling(tile, register_tile, block, together)
+        Tiling(tile, register_tile, block, together, in_place, local_sums)
         for tile in ((16, 24, 32, 48, 64, 96, 128, 192, 256) if last else _whole_vectors(lanes))
         if _scratch(config, tile, lanes) <= 2 * SCRATCH_BYTES
         for register_tile in pairs
         if math.prod(register_tile) >= 2 * LATENCY
         for block in pairs
         if math.prod(block) >= LATENCY
-        for together in blocks
+        for in_place in (False, True)
+        # What is read in place is in no block: of the few tiles at the ends, any will do.
+        for together in (blocks[:1] if in_place and (last or config.strides == 1) else blocks)
+        for local_sums in (False, True)
     )
     default = tilings(config, unit)[0]
     return tuple(dict.fromkeys([default, *(t for t in space if legal(config, unit, t))]))

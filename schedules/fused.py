@@ -8,7 +8,7 @@ Both compute one tile of output steps at a time, in scratch that stays in cache:
 4. ``activation`` and ``output``: bias and activation of that register tile, stored as it is done.
 
 The interior form, for whole tiles whose taps all lie inside the input, has no ``pad``: it reads the
-input where it lies (`cpu.reads_in_place` says when that pays).
+input where it lies (the decision ``in_place``).
 
 Nothing between the stages goes further than the second-level cache, and only the last stage knows
 that the last tile may be ragged: the hot loops carry no predicate. In channels_first not even that
@@ -58,7 +58,7 @@ def _fuse_last(
     accumulate(sch, pointwise, multiplier, [row, panel], lane)
     groups = -(-config.channels // lanes)
     together = groups if interior else tiling.channel_block  # nothing is copied: rows as they lie
-    channels = depthwise_last(sch, depthwise, lanes, tiling.depthwise_block, together)
+    channels = depthwise_last(sch, depthwise, lanes, tiling, together)
     if interior:
         return
     pad = sch.get_sblock("pad")
@@ -68,10 +68,10 @@ def _fuse_last(
 
 
 def depthwise_last(
-    sch: Schedule, block: SBlockRV, lanes: int, tile: tuple[int, int], together: int
+    sch: Schedule, block: SBlockRV, lanes: int, tiling: Tiling, together: int
 ) -> LoopRV:
     """Returns the loop over channel blocks, `together` vectors of channels each."""
-    steps, vectors = tile
+    steps, vectors = tiling.depthwise_block
     *_, step, multiplier, channel, tap = sch.get_loops(block)
     blocks, row = sch.split(step, [None, steps])
     # The pointwise stage reads the real channels only; computing the padding lanes of the last
@@ -79,6 +79,8 @@ def depthwise_last(
     factors = [None, together // vectors, vectors, lanes]
     outer, groups, vector, lane = sch.split(channel, factors, disable_predication=True)
     sch.reorder(outer, blocks, multiplier, groups, tap, row, vector, lane)
+    if tiling.local_sums:
+        sums_apart(sch, block, groups, [row, vector])
     accumulate(sch, block, tap, [row, vector], lane)
     return outer
 
@@ -115,6 +117,8 @@ def _fuse_first(
     blocks, groups, row = sch.split(channel, [None, together // channels, channels])
     columns, vector = sch.split(step, [None, vectors])
     sch.reorder(blocks, multiplier, groups, columns, tap, row, vector, lane)
+    if tiling.local_sums:
+        sums_apart(sch, depthwise, columns, [row, vector])
     accumulate(sch, depthwise, tap, [row, vector], lane)
     if not in_place:
         pad = sch.get_sblock("pad")
@@ -141,6 +145,14 @@ def unroll(sch: Schedule, loops: list[LoopRV], *inner: LoopRV) -> None:
     for loop in [*loops, *more]:
         sch.unroll(loop)
     sch.vectorize(lane)
+
+
+def sums_apart(sch: Schedule, block: SBlockRV, outside: LoopRV, tile: list[LoopRV]) -> None:
+    """Sum in variables of their own, and store a whole register tile once a turn of `outside`."""
+    store = sch.cache_write(block, 0, "local")
+    sch.reverse_compute_at(store, outside, preserve_unit_loops=True)
+    *_, lane = loops = sch.get_loops(store)
+    unroll(sch, loops[-len(tile) - 1 : -1], lane)
 
 
 def accumulate(

@@ -24,7 +24,7 @@ pytest.importorskip("tvm")
 
 import tvm
 from hot_loops import Kernel, compiled
-from tvm_sepconv.compiler.schedules.cpu import Tiling, reads_in_place
+from tvm_sepconv.compiler.schedules.cpu import Tiling
 
 from tvm_sepconv.compiler.targets import cpu
 from tvm_sepconv.kernel_config import KernelConfig
@@ -50,40 +50,30 @@ CLEARED = (
     "the sums' first zeros are stored although all taps are unrolled: LLVM makes one memset of "
     "those side by side, which later hides that they are dead"
 )
-INDEX = (
-    "the input's index is a difference of 32-bit integers, which LLVM extends and adds anew for "
-    "each load, row or vector"
-)
 POINTER = "the weights' address is read from the stack once a turn, for want of a register"
 # Known to fail, by cause. One that passes must leave the list, if the compiler is the same.
 STACK = {
-    PARKED: "MB-1 avx512 channels_last long, MB-1 avx2 channels_last long, "
-    "SEP-1 avx2 channels_last long, EEG-SSVEP avx2 channels_last long, "
-    "CN-1d avx2 channels_first long, CN-1d avx2 channels_first interior",
-    SPILLED: "CN-1d avx2 channels_last long, MB-1 avx2 channels_first long, "
-    "EEG-SSVEP avx512 channels_last long, EEG-SSVEP avx2 channels_first long, "
-    "EEG-SSVEP sse42 channels_first long",
-    POINTER: "MB-1 avx512 channels_first long",
-    INDEX: "SEP-1 avx512 channels_first interior, SEP-1 avx2 channels_first interior",
+    PARKED: "MB-1 avx512 channels_last long, MB-1 avx2 channels_last long, SEP-1 avx2 "
+    "channels_last long, EEG-SSVEP avx2 channels_last long, CN-1d avx2 channels_first "
+    "long, CN-1d avx2 channels_first interior",
+    SPILLED: "CN-1d avx2 channels_last long, MB-1 avx2 channels_first long, EEG-SSVEP avx512 "
+    "channels_last long, EEG-SSVEP avx2 channels_first long, EEG-SSVEP sse42 "
+    "channels_first long",
+    POINTER: "MB-1 avx512 channels_first long, SEP-1 avx512 channels_first interior",
 }
 MEMORY = {
-    CLEARED: "CN-1d avx512 channels_first long, CN-1d avx512 channels_first interior, "
-    "CN-1d avx2 channels_last one, CN-1d avx2 channels_first long, "
-    "CN-1d avx2 channels_first interior, CN-1d sse42 channels_last one, "
-    "MB-1 avx512 channels_first long, MB-1 avx2 channels_last long, "
-    "EEG-SSVEP avx512 channels_first long, EEG-SSVEP sse42 channels_last long, "
-    "SEP-1 avx512 channels_first long, SEP-1 avx2 channels_first long, "
-    "SEP-1 sse42 channels_last long, SEP-1 sse42 channels_first long",
-    SPILLED: "CN-1d avx2 channels_last long, MB-1 avx2 channels_first long, "
-    "EEG-SSVEP avx512 channels_last long, EEG-SSVEP avx2 channels_first long, "
-    "EEG-SSVEP sse42 channels_first long",
-    INDEX: "SEP-1 avx512 channels_last interior, SEP-1 avx2 channels_last interior",
+    CLEARED: "CN-1d avx2 channels_last one, CN-1d avx2 channels_first long, CN-1d avx2 "
+    "channels_first interior, CN-1d sse42 channels_last one, MB-1 avx2 channels_last "
+    "long, EEG-SSVEP sse42 channels_last long, SEP-1 avx2 channels_first long, SEP-1 "
+    "sse42 channels_last long, SEP-1 sse42 channels_first long, SEP-1 avx2 "
+    "channels_first interior",
+    SPILLED: "CN-1d avx2 channels_last long, MB-1 avx2 channels_first long, EEG-SSVEP avx512 "
+    "channels_last long, EEG-SSVEP avx2 channels_first long, EEG-SSVEP sse42 "
+    "channels_first long",
 }
 INSTRUCTIONS = {
     SPILLED: "CN-1d avx2 channels_last long, EEG-SSVEP sse42 channels_first long",
     CLEARED: "MB-1 avx2 channels_last long",
-    INDEX: "SEP-1 avx512 channels_first interior, SEP-1 avx2 channels_first interior, "
-    "SEP-1 sse42 channels_first interior",
 }
 
 
@@ -98,7 +88,7 @@ def tilings(layer: str, isa: str, data_format: str) -> dict[str, tuple[Tiling, b
     config = layer_config(layer, data_format)
     long, *_, short = target.family.default_tilings(config, target.isa)
     kernels = {"long": (long, False)}
-    if reads_in_place(config, long):
+    if long.in_place:
         kernels["interior"] = (long, True)
     if data_format == "channels_last":
         kernels["one"] = (short, False)

@@ -32,7 +32,7 @@ from tvm.tirx import PrimFunc
 
 from tvm_sepconv.compiler import build, compute, epilogue
 from tvm_sepconv.compiler.link import toolchain
-from tvm_sepconv.compiler.schedules import cpu, fused
+from tvm_sepconv.compiler.schedules import fused
 from tvm_sepconv.compiler.schedules.cpu import Tiling
 from tvm_sepconv.compiler.static import Shape, declare, set_threads
 from tvm_sepconv.compiler.targets import CpuTarget
@@ -149,7 +149,7 @@ def depthwise_parts(
         tile = even_tile(end - first, max(tiling.step_tile, granule), granule, threads)
         return Part(first, -(-(end - first) // tile) * tile, tile, True)
 
-    if not cpu.reads_in_place(config, tiling):
+    if not tiling.in_place:
         return (copied(0, shape.out_steps),)
     # In place a row is read up to a whole vector: so much must follow the last row read.
     beyond = -(-(compute.padded(config.channels, lanes) - config.channels) // config.channels)
@@ -215,7 +215,7 @@ def _depthwise(
     tile, step = sch.split(step, [None, part.step_tile])
     tile = _shared(sch, batch, tile, shape.batch * part.rows // part.step_tile, threads)
     together = tiling.channel_block if part.copied else -(-c // lanes)
-    channels = fused.depthwise_last(sch, block, lanes, tiling.depthwise_block, together)
+    channels = fused.depthwise_last(sch, block, lanes, tiling, together)
     if part.copied:
         pad = sch.get_sblock("pad")
         sch.compute_at(pad, channels, preserve_unit_loops=True)

@@ -15,7 +15,7 @@ from tvm.s_tir import Schedule
 
 from tvm_sepconv.compiler import compute, logs
 from tvm_sepconv.compiler.link import Toolchain, toolchain
-from tvm_sepconv.compiler.schedules.cpu import Tiling, cost, reads_in_place
+from tvm_sepconv.compiler.schedules.cpu import Tiling, cost
 from tvm_sepconv.compiler.schedules.fused import fuse
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.config import KernelConfig
@@ -113,7 +113,7 @@ def build_library(
     functions = {}
     for tiling in (v.tiling for v in variants):
         functions[f"steps{tiling.step_tile}"] = scheduled(config, target, tiling)
-        if reads_in_place(config, tiling):
+        if tiling.in_place:
             interior = scheduled(config, target, tiling, interior=True)
             functions[f"interior{tiling.step_tile}"] = interior
     if config.data_format == "channels_first":
@@ -178,7 +178,7 @@ def _description(config: KernelConfig, target: CpuTarget, variants: tuple[Varian
     kernels, rows = [], []
     for tiling in (v.tiling for v in variants):
         names = [_symbol(f"steps{tiling.step_tile}")]
-        if reads_in_place(config, tiling):
+        if tiling.in_place:
             names.append(_symbol(f"interior{tiling.step_tile}"))
         kernels += names
         functions = ", ".join([*names, "NULL"][:2])

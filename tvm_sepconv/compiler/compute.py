@@ -61,9 +61,9 @@ def sepconv1d(
     element only; the packed weights are 64-byte aligned.
 
     The interior form has no stage ``pad``: it reads ``x`` where it lies. It is for whole tiles none
-    of whose taps leave the input, and in channels_last reads up to a vector beyond the last channel
-    of a row. With strides in channels_first the stage stays, to separate the phases; it then reads
-    up to ``strides - 1`` steps beyond the last tap.
+    of whose taps leave the input, takes no notice of ``left``, and in channels_last reads up to a
+    vector beyond the last channel of a row. With strides in channels_first the stage stays, to
+    separate the phases; it then reads up to ``strides - 1`` steps beyond the last tap.
 
     In channels_first the output is ``(batch, filters, steps/lanes, lanes)``, whole vectors only,
     except in the `ragged` form, which is for any number of steps.
@@ -119,7 +119,7 @@ def _channels_last(config: KernelConfig, lanes: int, interior: bool) -> list[te.
     x = te.placeholder((a.batch, a.steps, c), config.dtype, name="x")
 
     def read(n: PrimExpr, r: PrimExpr, ch: PrimExpr) -> PrimExpr:
-        return x[n, r - a.left, ch].astype(acc)
+        return x[n, r if interior else r - a.left, ch].astype(acc)
 
     source = read
     if not interior:
@@ -174,7 +174,7 @@ def _channels_first(
     x = te.placeholder((a.batch, c, a.steps), config.dtype, name="x")
 
     def read(n: PrimExpr, ch: PrimExpr, r: PrimExpr) -> PrimExpr:
-        return x[n, ch, r - a.left].astype(acc)
+        return x[n, ch, r if interior else r - a.left].astype(acc)
 
     def source(n: PrimExpr, ch: PrimExpr, t: PrimExpr) -> PrimExpr:
         tap = a.taps * dilation
