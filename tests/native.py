@@ -17,13 +17,14 @@ NATIVE = Path(tvm_sepconv.__file__).parent / "native"
 HOST = Path(__file__).with_name("c_host.c")
 # What every C library for Linux has had for a decade, under the same names: glibc, musl and bionic.
 C_LIBRARY = {
-    "__sched_cpucount", "__tls_get_addr", "calloc", "dladdr", "dlclose", "dlerror", "dlopen",
-    "dlsym", "fclose", "fgets", "fopen", "fread", "free", "fseek", "ftell", "getenv", "getpid",
-    "memcpy", "memmove", "memset", "posix_memalign", "pthread_create", "pthread_detach",
-    "pthread_key_create", "pthread_once", "pthread_setspecific", "pthread_sigmask",
-    "sched_getaffinity", "sched_getcpu", "sched_setaffinity", "sched_yield", "sigfillset",
-    "snprintf", "strcspn", "strlen", "syscall", "vsnprintf",
-    "__getauxval", "getauxval",  # GCC's atomics on aarch64
+    "__sched_cpucount", "__tls_get_addr", "_exit", "alarm", "calloc", "dladdr", "dlclose",
+    "dlerror", "dlopen", "dlsym", "fclose", "fgets", "fopen", "fork", "fread", "free", "fseek",
+    "ftell", "getenv", "getpid", "malloc", "memchr", "memcpy", "memmove", "memset",
+    "posix_memalign", "pthread_create", "pthread_detach", "pthread_key_create", "pthread_once",
+    "pthread_setspecific", "pthread_sigmask", "sched_getaffinity", "sched_getcpu",
+    "sched_setaffinity", "sched_yield", "sigfillset", "signal", "snprintf", "strchr", "strcmp",
+    "strcspn", "strlen", "strncmp", "strstr", "syscall", "vsnprintf", "waitpid",
+    "__getauxval", "getauxval",  # also GCC's atomics on aarch64
 }  # fmt: skip
 PADDINGS = {"valid": 0, "same": 1}
 

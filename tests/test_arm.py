@@ -1,4 +1,4 @@
-"""Layers compiled for 64-bit ARM, called from C and run under an emulated Cortex-A53."""
+"""Layers compiled for ARM, called from C, and run under emulated Cortex-A53 and Cortex-A7 cores."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from tvm_sepconv.config import SepConvConfig
 TRIPLE = "aarch64-linux-gnu"
 # The oldest 64-bit core: an instruction of a later version of the architecture ends the program.
 QEMU = ["qemu-aarch64-static", "-cpu", "cortex-a53", "-L", f"/usr/{TRIPLE}"]
+# The oldest 32-bit core with fused multiply-adds: what only a v8 core has ends the program too.
+TRIPLE_32 = "arm-linux-gnueabihf"
+QEMU_32 = ["qemu-arm-static", "-cpu", "cortex-a7", "-L", f"/usr/{TRIPLE_32}"]
 
 # name: (layer, channels, (batch, steps) of one library)
 CASES = {
@@ -62,16 +65,28 @@ def only_zig(monkeypatch):
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("host")
+    return host_for("aarch64-neon", TRIPLE, tmp_path_factory.mktemp("host"))
+
+
+@pytest.fixture(scope="module")
+def host_32(tmp_path_factory) -> Path:
+    if absent := [name for name in (QEMU_32[0], f"{TRIPLE_32}-gcc") if not shutil.which(name)]:
+        pytest.skip(f"needs {', '.join(absent)}")
+    return host_for("armv7-neon", TRIPLE_32, tmp_path_factory.mktemp("host32"))
+
+
+def host_for(target: str, triple: str, folder: Path) -> Path:
     runtime = folder / "libtvm_sepconv_runtime.so"
     link.toolchain.cache_clear()
-    build.build_runtime(cpu("aarch64-neon"), runtime)
-    native.compile_host(f"{TRIPLE}-gcc", runtime, folder / "host")
+    build.build_runtime(cpu(target), runtime)
+    native.compile_host(f"{triple}-gcc", runtime, folder / "host")
     return folder / "host"
 
 
-def compiled(layer: SepConvConfig, channels: int, path: Path) -> Path:
-    config, target = layer.kernel_config(channels), cpu("aarch64-neon")
+def compiled(
+    layer: SepConvConfig, channels: int, path: Path, target_name: str = "aarch64-neon"
+) -> Path:
+    config, target = layer.kernel_config(channels), cpu(target_name)
     build.build_library(config, target, path, build.variants(config, target))
     return path
 
@@ -86,6 +101,18 @@ def test_is_right_on_a_cortex_a53(case, host, tmp_path):
     for batch, steps in sizes:
         x = native.inputs(layer, batch, steps, channels)
         y = native.run_host([*QEMU, str(host)], library, layer, tensors, x, tmp_path)
+        native.check(y, x, layer, tensors)
+
+
+@pytest.mark.parametrize("name", ["SEED", "channels-first", "multiplier"])
+def test_is_right_on_a_cortex_a7(name, host_32, tmp_path):
+    arguments, channels, sizes = CASES[name]
+    layer = SepConvConfig.parse(**arguments)
+    tensors = native.weights(layer, channels)
+    library = compiled(layer, channels, tmp_path / "layer.so", "armv7-neon")
+    for batch, steps in sizes:
+        x = native.inputs(layer, batch, steps, channels)
+        y = native.run_host([*QEMU_32, str(host_32)], library, layer, tensors, x, tmp_path)
         native.check(y, x, layer, tensors)
 
 

@@ -318,6 +318,17 @@ def test_a_target_may_be_named_twice_or_alone(tmp_path, compiles_nothing):
     assert open_bundle(tmp_path / "b")[0].targets == LEVELS[-1:]
 
 
+def test_what_c_programs_need_is_put_beside_on_request(tmp_path, compiles_nothing):
+    layer = native.layer_of(12, filters=3, kernel_size=2)
+    layer.save(tmp_path / "b", LEVELS[-1:])
+    assert not (tmp_path / "b/c").exists()
+    for _ in range(2):  # over itself too
+        tvm_sepconv.save({"one": layer}, tmp_path / "b", LEVELS[-1:], with_c=True)
+        for name in ("tvm_sepconv.h", "example.c"):
+            assert (tmp_path / "b/c" / name).read_bytes() == (native.NATIVE / name).read_bytes()
+    assert sorted(os.listdir(tmp_path / "b/c")) == ["example.c", "tvm_sepconv.h"]
+
+
 # ---- damage: each its own error, before anything is opened --------------------------------------
 
 
@@ -484,6 +495,18 @@ def test_a_machine_of_another_architecture(saved, monkeypatch, nothing_opens):
     monkeypatch.setattr(targets, "machine", lambda: "riscv64")
     with pytest.raises(BundleError, match=r"the \w+ architecture \(this machine is riscv64\)"):
         tvm_sepconv.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "flags", "expected"),
+    [("aarch64", "fp asimd", ("armv7", ("armv7-neon",))), ("x86_64", "avx2", ("i686", ()))],
+)
+def test_a_32_bit_process_under_a_64_bit_kernel(kernel, flags, expected, monkeypatch):
+    monkeypatch.setattr(targets.platform, "machine", lambda: kernel)
+    monkeypatch.setattr(targets.sys, "maxsize", 2**31 - 1)
+    monkeypatch.setattr(Path, "read_text", lambda self: f"Features\t: {flags}\n")
+    monkeypatch.setattr(targets, "cpu_features", targets.cpu_features.__wrapped__)
+    assert (targets.machine(), targets.runnable()) == expected
 
 
 def test_a_bundle_with_targets_that_only_newer_versions_know(copy, monkeypatch, nothing_opens):

@@ -23,7 +23,7 @@ from tvm_sepconv.config import SepConvConfig
 
 pytest.importorskip("tvm")
 
-STATUS = dict(library=1, abi=2, memory=3, argument=4, tensor=5, overlap=6)
+STATUS = dict(library=1, abi=2, memory=3, argument=4, tensor=5, overlap=6, bundle=7, machine=8)
 CASES = {  # name: (layer, channels, (batch, steps) …)
     "seed": (dict(filters=3, kernel_size=2, strides=2, activation="relu"), 12, [(4, 10), (1, 2)]),
     "same": (
@@ -170,7 +170,7 @@ def test_abi_and_status_numbers_are_the_headers():
     codes = {name.lower(): int(n) for name, n in re.findall(r"SEPCONV_ERROR_(\w+) = (\d)", header)}
     assert codes == STATUS
     assert (codes["memory"], codes["argument"]) == (runtime.ERROR_MEMORY, runtime.ERROR_ARGUMENT)
-    assert codes["overlap"] == runtime.ERROR_OVERLAP
+    assert (codes["overlap"], codes["tensor"]) == (runtime.ERROR_OVERLAP, runtime.ERROR_TENSOR)
 
 
 @pytest.mark.parametrize("layout", ["channels_last", "channels_first"])

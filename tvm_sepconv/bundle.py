@@ -7,6 +7,7 @@
     selftest.safetensors     <layer>/input and <layer>/output, small, from the float64 reference
     lib/<arch>/libtvm_sepconv_runtime.so
     lib/<target>/<key>.so    one library serves every layer of equal kernel config
+    c/                       on request, a header and an example for C programs; not loaded
 
 Every file that will be used is verified before any is opened. The hashes detect damage, not
 malice: a bundle is native code, so load only what you would run.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,12 @@ class Bundle:
         return self.path / arch["path"], {
             name: self.path / chosen[key]["path"] for name, key in keys.items()
         }
+
+    def kernel(self, target: str, layer: str) -> dict[str, Any]:
+        """What the library of `layer` for `target` was compiled from: `KernelConfig.to_dict`."""
+        key = self.manifest["layers"][layer]["library"]
+        kernel: dict[str, Any] = self.manifest["libraries"][target][key]["kernel"]
+        return kernel
 
     def _tensors(self, name: str) -> dict[str, dict[str, Array]]:
         from safetensors.numpy import load_file
@@ -194,20 +202,28 @@ def manifest_text(manifest: dict[str, Any]) -> str:
     return json.dumps({**complete, "digest": _digest(complete)}, indent=1) + "\n"
 
 
+def usable(names: Sequence[str], instruction_sets: Sequence[str] | None = None) -> list[str]:
+    """Return those targets of `names` that a machine can run, best first.
+
+    Parameters
+    ----------
+    instruction_sets
+        What it can run, best first; None for this machine's.
+    """
+    sets = targets.runnable() if instruction_sets is None else instruction_sets
+    # A core tunes only, so any core of an instruction set runs.
+    return [name for isa in sets for name in sorted(names) if name.partition("@")[0] == isa]
+
+
 def _choose(bundle: Bundle, target: str | None) -> str:
-    usable = [  # best first; a core tunes only, so any core of an instruction set runs
-        name
-        for isa in targets.runnable()
-        for name in bundle.targets
-        if name.partition("@")[0] == isa
-    ]
-    if target is None and usable:
-        return usable[0]
+    able = usable(bundle.targets)
+    if target is None and able:
+        return able[0]
     if target is not None:
         target = targets.resolve(target)
         if target not in bundle.targets:
             raise BundleError(f"{bundle.path} has no library for {target}; it has {bundle.targets}")
-        if target in usable:
+        if target in able:
             return target
     wanted = (target,) if target else bundle.targets
     lacking = "; ".join(

@@ -231,7 +231,8 @@ class SeparableConv1D:
     def _ready(self) -> CompiledLayer:
         with self._lock:
             if self._compiled is None:
-                if self._library is None:
+                cached = self._origin is None  # … and the cache may have been cleared since
+                if self._library is None or (cached and not self._library[0].is_file()):
                     self._library = self._find_library(self._options.target)
                 depthwise, pointwise, *bias = (v.numpy().astype(self.dtype) for v in self.weights)
                 self._native_dtype = np.dtype(self.dtype)
@@ -240,13 +241,13 @@ class SeparableConv1D:
                 )
             return self._compiled
 
-    def save(self, path: str | Path, targets: Sequence[str] | None = None) -> None:
+    def save(
+        self, path: str | Path, targets: Sequence[str] | None = None, with_c: bool = False
+    ) -> None:
         """Write a bundle of this layer to the folder `path`; see `tvm_sepconv.save`."""
-        from tvm_sepconv import jit
+        from tvm_sepconv.saving import save  # which imports this module
 
-        self._need_built("save")
-        package = jit.compiler("tvm_sepconv.compiler.package")
-        package.write_bundle({self.name: self._content()}, path, targets)
+        save({self.name: self}, path, targets, with_c)
 
     def _content(self) -> tuple[SepConvConfig, dict[str, Array]]:
         """What a bundle keeps of the layer."""

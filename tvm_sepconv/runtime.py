@@ -6,6 +6,7 @@ first wins, whichever bundle or cache entry it came from, and every later one mu
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import threading
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from tvm_sepconv.config import SepConvConfig
 
 ABI = 2  # TVM_SEPCONV_ABI of native/tvm_sepconv.h; a test compares them
-ERROR_MEMORY, ERROR_ARGUMENT, ERROR_OVERLAP = 3, 4, 6
+ERROR_MEMORY, ERROR_ARGUMENT, ERROR_TENSOR, ERROR_OVERLAP = 3, 4, 5, 6
 _ERRORS: dict[int, type[Exception]] = {ERROR_MEMORY: MemoryError, ERROR_ARGUMENT: ValueError}
 _MOST_THREADS = 2**31 - 1  # an int of C; the runtime knows its own limit
 _PADDINGS = {"valid": 0, "same": 1}
@@ -46,12 +47,15 @@ class _View(ctypes.Structure):
         return cls(array.__array_interface__["data"][0], batch, row)
 
 
+def _declines(handle: int, x: Any, out: Any) -> int:
+    """In the place of tvm-ffi's call: refuses, so that the layer goes its other way, NumPy's."""
+    return ERROR_TENSOR
+
+
 class _Runtime:
-    """A loaded runtime library: the C API, and its one function for tensors."""
+    """A loaded runtime library: the C API, and its one function for tensors where tvm-ffi is."""
 
     def __init__(self, path: Path) -> None:
-        import tvm_ffi  # here, so that importing the package loads no native code
-
         c = ctypes.CDLL(str(path))
         c.tvm_sepconv_last_error.restype = ctypes.c_char_p
         pointer, size = ctypes.c_void_p, ctypes.c_int64
@@ -63,7 +67,11 @@ class _Runtime:
         c.tvm_sepconv_run.argtypes = (pointer, size, size, _View, _View)
         self.c = c
         self.path = path
-        self.run: Callable[[int, Any, Any], int] = tvm_ffi.load_module(str(path))["run"]
+        self.run: Callable[[int, Any, Any], int] = _declines
+        with contextlib.suppress(ModuleNotFoundError):  # it has no wheel for 32-bit ARM and musl
+            import tvm_ffi  # here, so that importing the package loads no native code
+
+            self.run = tvm_ffi.load_module(str(path))["run"]
 
     def check(self, status: int) -> None:
         """Raise what a status of the C API means."""

@@ -6,12 +6,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tvm_sepconv.bundle import open_bundle
+from tvm_sepconv.bundle import BundleError, open_bundle
+from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.layer import WEIGHTS, SeparableConv1D
+
+C_FILES = ("tvm_sepconv.h", "example.c")
 
 
 def save(
-    layers: Mapping[str, SeparableConv1D], path: str | Path, targets: Sequence[str] | None = None
+    layers: Mapping[str, SeparableConv1D],
+    path: str | Path,
+    targets: Sequence[str] | None = None,
+    with_c: bool = False,
 ) -> None:
     """Write a bundle of several layers, by name, to the folder `path`.
 
@@ -19,6 +25,9 @@ def save(
     ----------
     targets
         Names such as "x86_64-avx2" or "aarch64-neon"; None for every level of this host's family.
+    with_c
+        Put what a C program needs into the bundle's folder ``c``: the header and an example, whose
+        first lines say how it is compiled.
 
     Raises
     ------
@@ -34,6 +43,13 @@ def save(
     contents = {name: layer._content() for name, layer in layers.items()}
     package = jit.compiler("tvm_sepconv.compiler.package")
     package.write_bundle(contents, path, targets)
+    if with_c:  # no part of what is loaded: the bundle is complete without it
+        from importlib.resources import files
+
+        folder = Path(path, "c")
+        folder.mkdir()
+        for name in C_FILES:
+            (folder / name).write_bytes((files("tvm_sepconv") / "native" / name).read_bytes())
 
 
 def load(path: str | Path, target: str | None = None) -> Any:
@@ -60,10 +76,30 @@ def load(path: str | Path, target: str | None = None) -> Any:
     layers = {}
     for name, config in bundle.layers.items():
         layer = SeparableConv1D._of(config)
-        values = [weights[name][key] for key in WEIGHTS[: 2 + config.use_bias]]
-        layer._restore(values[0].shape[1], values)
+        kernel = bundle.kernel(chosen, name)
+        values = _matching(weights[name], config, kernel, f"{path}: layer '{name}'")
+        layer._restore(kernel["channels"], values)
         layer._library = libraries[name], runtime
         layer._origin = bundle.path, chosen, name
         layer._ready()
         layers[name] = layer
     return next(iter(layers.values())) if len(layers) == 1 else layers
+
+
+def _matching(
+    tensors: Mapping[str, Any], config: SepConvConfig, kernel: Mapping[str, Any], what: str
+) -> list[Any]:
+    """A layer's weights, if they and its library fit its config: C reads as many as that says."""
+    channels = kernel["channels"]
+    ours = config.kernel_config(channels).to_dict()
+    if different := [key for key, value in ours.items() if kernel.get(key) != value]:
+        raise BundleError(f"{what} names a library of another {different[0]}. Save it anew")
+    shapes = config.depthwise_shape(channels), config.pointwise_shape(channels), config.bias_shape
+    for key, shape in zip(WEIGHTS[: 2 + config.use_bias], shapes, strict=False):
+        if key not in tensors or tensors[key].shape != shape:
+            found = f"one of shape {tensors[key].shape}" if key in tensors else "none"
+            raise BundleError(
+                f"{what} needs a {key} of shape {shape}; weights.safetensors has {found}. "
+                "Copy the bundle again or save it anew"
+            )
+    return [tensors[key] for key in WEIGHTS[: 2 + config.use_bias]]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import platform
+import sys
 from pathlib import Path
 
 # Flags of /proc/cpuinfo that a library of that instruction set needs: x86-64-v2, -v3, -v4, Armv8.0,
@@ -36,13 +37,18 @@ FEATURES: dict[str, tuple[str, ...]] = {
 CORES = ("cortex-a53", "cortex-a55", "cortex-a72", "cortex-a76", "neoverse-n1")
 CUDA_ARCHS = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
 _SHORT = {"arm": "aarch64-neon@cortex-a76"}
-_MACHINES = {"arm64": "aarch64", "armv7l": "armv7", "armv8l": "armv7", "amd64": "x86_64"}
+MACHINES = {"arm64": "aarch64", "armv7l": "armv7", "armv8l": "armv7", "amd64": "x86_64"}
+_NARROW = {"aarch64": "armv7", "x86_64": "i686"}
 
 
 def machine() -> str:
-    """The architecture part of this machine's target names, such as "x86_64"."""
+    """The architecture part of this machine's target names, such as "x86_64".
+
+    That of this process: a 32-bit one, also under a 64-bit kernel, loads 32-bit libraries.
+    """
     name = platform.machine().lower()
-    return _MACHINES.get(name, name)
+    name = MACHINES.get(name, name)
+    return _NARROW.get(name, name) if sys.maxsize < 2**32 else name
 
 
 @functools.cache
@@ -53,10 +59,12 @@ def cpu_features() -> frozenset[str]:
     except OSError:
         return frozenset()
     lines = (line.partition(":") for line in text.splitlines())
-    return frozenset(
+    found = frozenset(
         flag for key, _, flags in lines if key.strip() in ("flags", "Features")
         for flag in flags.split()
     )  # fmt: skip
+    # Every core with 64-bit "asimd" has these for 32-bit programs, to which the kernel may not say so.
+    return found | {"neon", "vfpv4"} if machine() == "armv7" and "asimd" in found else found
 
 
 def runnable() -> tuple[str, ...]:

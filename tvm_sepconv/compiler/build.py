@@ -21,7 +21,9 @@ from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.config import KernelConfig
 from tvm_sepconv.runtime import ABI
 
-RUNTIME_SOURCES = ("runtime.c", "pool.c", "ffi.c")
+RUNTIME_SOURCES = (
+    "runtime.c", "layer.c", "pool.c", "ffi.c", "bundle.c", "weights.c", "json.c", "sha256.c",
+)  # fmt: skip
 _FORMATS = {"float16": (16, 0), "bfloat16": (16, 1), "float32": (32, 0), "float64": (64, 0)}
 
 
@@ -79,6 +81,7 @@ def compile_kernels(
 def variants(config: KernelConfig, target: CpuTarget) -> tuple[Variant, ...]:
     """Choose a library's kernels: the long one by the record that applies, the rest by default."""
     match = logs.lookup(config, target.name)
+    logs.announce(config, target.name, match)
     if match is None:
         return tuple(Variant(t) for t in target.family.default_tilings(config, target.isa))
     record = match.record

@@ -62,7 +62,8 @@ def toolchain(triple: str) -> Toolchain:
     if shutil.which(command):
         # GCC calls atomics (aarch64) and divisions (armv7) out of line; x86-64 needs nothing.
         helpers = () if triple.startswith("x86_64") else ("-lgcc",)
-        link = (command, "-nostdlib", "-Wl,-Bsymbolic")
+        # A read-only part after relocation would pad an aarch64 library to a page of 64 KB.
+        link = (command, "-nostdlib", "-Wl,-Bsymbolic", "-Wl,-z,norelro")
         return Toolchain(command, (command,), link, helpers)
     if importlib.util.find_spec("ziglang") is not None:
         zig = (sys.executable, "-m", "ziglang")

@@ -1,5 +1,12 @@
-/* The call from Python: tensors in tvm-ffi's calling convention, checked, a status out. */
+/* The calls in tvm-ffi's convention: `run` for Python, and what measuring on a board calls through TVM's RPC. No
+ * function fails in the convention's sense, which takes libtvm_ffi: what went wrong is in the result. */
+#define _GNU_SOURCE
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/wait.h>
 #include <tvm/ffi/c_api.h>
+#include <unistd.h>
 
 #include "runtime.h"
 
@@ -33,27 +40,111 @@ static uintptr_t end_byte(tvm_sepconv_view v, const int64_t* shape, int bytes) {
                                      shape[2]) * (uintptr_t)bytes;
 }
 
-/* (layer handle, x, output) -> status. */
-int __tvm_ffi_run(void* self, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {
-  (void)self;
-  result->type_index = kTVMFFIInt;
-  result->v_int64 = TVM_SEPCONV_ERROR_TENSOR;
-  if (count != 3 || args[0].type_index != kTVMFFIInt) return 0;
+static int run(const TVMFFIAny* args, int32_t count) {
+  if (count < 3 || args[0].type_index != kTVMFFIInt) return TVM_SEPCONV_ERROR_TENSOR;
   const tvm_sepconv_layer* layer = (const tvm_sepconv_layer*)(intptr_t)args[0].v_int64;
   const tvm_sepconv_library* l = layer->library;
   const DLTensor *x = tensor_of(&args[1]), *y = tensor_of(&args[2]);
   const tvm_sepconv_view from = view_of(l, x), to = view_of(l, y);
-  if (!x || !y || !from.data || !to.data) return 0;
+  if (!x || !y || !from.data || !to.data) return TVM_SEPCONV_ERROR_TENSOR;
   const int time = l->channels_first ? 2 : 1, depth = 3 - time;
   if (x->shape[depth] != l->channels || y->shape[depth] != l->filters || x->shape[0] != y->shape[0] ||
       y->shape[time] != tvm_sepconv_out_steps(layer, x->shape[time]))
-    return 0;
+    return TVM_SEPCONV_ERROR_TENSOR;
   const int bytes = l->float_bits / 8;
   if (y->shape[0] > 0 && y->shape[time] > 0 && first_byte(from) < end_byte(to, y->shape, bytes) &&
-      first_byte(to) < end_byte(from, x->shape, bytes)) {
-    result->v_int64 = TVM_SEPCONV_ERROR_OVERLAP;
-    return 0;
-  }
-  result->v_int64 = tvm_sepconv_run(layer, x->shape[0], x->shape[time], from, to);
+      first_byte(to) < end_byte(from, x->shape, bytes))
+    return TVM_SEPCONV_ERROR_OVERLAP;
+  return tvm_sepconv_run(layer, x->shape[0], x->shape[time], from, to);
+}
+
+static int answer(TVMFFIAny* result, int64_t value) {
+  result->type_index = kTVMFFIInt;
+  result->v_int64 = value;
   return 0;
+}
+
+/* (layer handle, x, output) -> status. */
+int __tvm_ffi_run(void* self, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {
+  (void)self;
+  return answer(result, count == 3 ? run(args, count) : TVM_SEPCONV_ERROR_TENSOR);
+}
+
+/* ---- for boards ----------------------------------------------------------------------------- */
+
+static const char* text_of(const TVMFFIAny* value) {
+  if (value->type_index == kTVMFFIRawStr) return value->v_c_str;
+  if (value->type_index == kTVMFFISmallStr) return value->v_bytes;
+  if (value->type_index != kTVMFFIStr) return 0;
+  return ((const TVMFFIByteArray*)((const char*)value->v_obj + sizeof(TVMFFIObject)))->data;
+}
+
+/* The memory of a CPU tensor, which the caller has made compact, or NULL. */
+static char* bytes_of(const TVMFFIAny* value) {
+  const DLTensor* t = tensor_of(value);
+  return t && t->device.device_type == kDLCPU ? (char*)t->data + t->byte_offset : 0;
+}
+
+/* (library path, depthwise, pointwise, bias or None, padding, left, right) -> layer handle, or 0. The weights are
+ * compact and of the library's sizes, as for tvm_sepconv_layer_create. */
+int __tvm_ffi_create(void* self, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {
+  (void)self;
+  tvm_sepconv_layer* layer = 0;
+  if (count == 7)
+    tvm_sepconv_layer_create(text_of(&args[0]), bytes_of(&args[1]), bytes_of(&args[2]), bytes_of(&args[3]),
+                             (tvm_sepconv_padding)args[4].v_int64, args[5].v_int64, args[6].v_int64, &layer);
+  return answer(result, (intptr_t)layer);
+}
+
+/* (layer handle) -> 0. */
+int __tvm_ffi_destroy(void* self, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {
+  (void)self;
+  if (count == 1) tvm_sepconv_layer_destroy((tvm_sepconv_layer*)(intptr_t)args[0].v_int64);
+  return answer(result, 0);
+}
+
+/* (threads) -> the threads a call uses from now on. */
+int __tvm_ffi_set_num_threads(void* self, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {
+  (void)self;
+  if (count == 1) tvm_sepconv_set_num_threads((int)args[0].v_int64);
+  return answer(result, tvm_sepconv_num_threads());
+}
+
+/* (layer handle, x, output, seconds) -> status of `run`, or minus the signal that ended it. Runs in a copy of this
+ * process: an illegal instruction must not cost the board its server, nor an endless loop. The output is not seen. */
+int __tvm_ffi_try_run(void* self, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {
+  (void)self;
+  if (count != 4) return answer(result, TVM_SEPCONV_ERROR_TENSOR);
+  const pid_t child = fork();
+  if (child < 0) return answer(result, TVM_SEPCONV_ERROR_MEMORY);
+  if (!child) {
+    static const int crashes[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGALRM};
+    for (int i = 0; i < 6; ++i) signal(crashes[i], SIG_DFL); /* TVM's handlers would tell of it at length */
+    alarm((unsigned)args[3].v_int64);
+    _exit(run(args, count));
+  }
+  int status = 0;
+  if (waitpid(child, &status, 0) != child) return answer(result, -SIGINT);
+  return answer(result, WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status));
+}
+
+/* (path, tensor of bytes) -> bytes read, -1 if the file cannot be opened: what /proc and /sys say of the board. */
+int __tvm_ffi_read_file(void* self, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {
+  (void)self;
+  FILE* file = count == 2 && text_of(&args[0]) ? fopen(text_of(&args[0]), "re") : NULL;
+  if (!file) return answer(result, -1);
+  const DLTensor* t = tensor_of(&args[1]);
+  const size_t size = t ? fread(bytes_of(&args[1]), 1, (size_t)t->shape[0], file) : 0;
+  fclose(file);
+  return answer(result, (int64_t)size);
+}
+
+/* (tensor of bytes) -> the length of the last error's text, which it is given. */
+int __tvm_ffi_last_error(void* self, const TVMFFIAny* args, int32_t count, TVMFFIAny* result) {
+  (void)self;
+  const char* text = tvm_sepconv_last_error();
+  const size_t length = strlen(text);
+  const DLTensor* t = count == 1 ? tensor_of(args) : NULL;
+  if (t && (int64_t)length <= t->shape[0]) memcpy(bytes_of(args), text, length);
+  return answer(result, (int64_t)length);
 }

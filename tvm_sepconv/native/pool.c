@@ -38,12 +38,26 @@ static struct {
   _Alignas(64) int pending;        /* tasks not finished */
 } pool;
 
+enum { MAX_BLOCKS = 16 };
+
+/* Scratch memory of a thread: a stack of 64-byte aligned blocks. */
+typedef struct {
+  char* base;
+  size_t capacity, used, most; /* bytes; `most`: what was in use at once at the highest */
+  int depth;
+  struct {
+    char* pointer;
+    size_t bytes;
+  } blocks[MAX_BLOCKS]; /* kernels free in reverse order: their scratch is nested scopes */
+} arena;
+
 static struct {
   int thread;        /* its id, 0 until it runs */
   int asleep;        /* in the futex, or about to be */
   int barred;        /* from the CPU of a caller, until its next job; then it may run where `allowed` says */
   unsigned start;    /* the job before its first */
   cpu_set_t allowed; /* the caller's mask; written while `barred` is 0, read while it is 1 */
+  arena* scratch;    /* its own, where pool_prepare finds it */
 } workers[MAX_WORKERS];
 
 static void futex_wait(unsigned* word, unsigned seen) {
@@ -156,10 +170,13 @@ static void take_tasks(void) {
   }
 }
 
+static __thread arena* scratch;
+
 static void* worker(void* index) {
   const uintptr_t self = (uintptr_t)index;
   unsigned seen = workers[self].start;
-  __atomic_store_n(&workers[self].thread, (int)syscall(SYS_gettid), __ATOMIC_RELAXED);
+  scratch = workers[self].scratch;
+  __atomic_store_n(&workers[self].thread, (int)syscall(SYS_gettid), __ATOMIC_RELEASE);
   for (;;) {
     int spins = 0;
     while (__atomic_load_n(&pool.job, __ATOMIC_ACQUIRE) == seen && ++spins < SPINS) relax();
@@ -198,6 +215,8 @@ static void start_workers(int wanted) {
     pthread_t thread;
     workers[pool.workers].thread = workers[pool.workers].asleep = workers[pool.workers].barred = 0;
     workers[pool.workers].start = pool.job;
+    arena** own = &workers[pool.workers].scratch;
+    if (!*own) *own = calloc(1, sizeof **own); /* without, the thread tries itself when it needs it */
     if (pthread_create(&thread, NULL, worker, (void*)(uintptr_t)pool.workers)) break;
     pthread_detach(thread);
     ++pool.workers;
@@ -212,6 +231,7 @@ static int acquire(void) {
                                                     __ATOMIC_RELAXED))
       return 0;
     pool.busy = pool.workers = pool.sleepers = 0;
+    for (int i = 0; i < MAX_WORKERS; ++i) workers[i].scratch = NULL; /* it may have been growing right then */
     __atomic_store_n(&pool.owner, self, __ATOMIC_RELEASE);
   }
   return !__atomic_exchange_n(&pool.busy, 1, __ATOMIC_ACQUIRE);
@@ -264,21 +284,8 @@ void pool_run(void (*task)(void*, int), void* context, int count) {
   __atomic_store_n(&pool.busy, 0, __ATOMIC_RELEASE);
 }
 
-/* ---- scratch: a stack of 64-byte aligned blocks for each thread ------------------------------ */
+/* ---- scratch --------------------------------------------------------------------------------- */
 
-enum { MAX_BLOCKS = 16 };
-
-typedef struct {
-  char* base;
-  size_t capacity, used, most; /* bytes; `most`: what was in use at once at the highest */
-  int depth;
-  struct {
-    char* pointer;
-    size_t bytes;
-  } blocks[MAX_BLOCKS]; /* kernels free in reverse order: their scratch is nested scopes */
-} arena;
-
-static __thread arena* scratch;
 static pthread_key_t scratch_key;
 static pthread_once_t scratch_once = PTHREAD_ONCE_INIT;
 
@@ -338,4 +345,29 @@ int pool_free_workspace(int device_type, int device_id, void* pointer) {
 
 void pool_drop_workspace(void) {
   while (scratch && scratch->depth) pool_free_workspace(0, 0, scratch->blocks[scratch->depth - 1].pointer);
+}
+
+static int grow(arena* a, size_t bytes) {
+  if (!a) return 0;
+  void* base = NULL;
+  if (a->capacity >= bytes) return 1;
+  if (posix_memalign(&base, 64, bytes)) return 0;
+  free(a->base);
+  a->base = base;
+  a->capacity = a->most = bytes;
+  return 1;
+}
+
+int pool_prepare(int threads) {
+  arena* own = this_thread();
+  if (!own) return 0;
+  int complete = grow(own, own->most);
+  while (!acquire()) sched_yield();
+  start_workers(threads - 1);
+  for (int i = 0; i < pool.workers; ++i) { /* all idle, as the pool is ours */
+    while (!__atomic_load_n(&workers[i].thread, __ATOMIC_ACQUIRE)) sched_yield();
+    complete &= grow(workers[i].scratch, own->most);
+  }
+  __atomic_store_n(&pool.busy, 0, __ATOMIC_RELEASE);
+  return complete;
 }

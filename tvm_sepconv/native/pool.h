@@ -15,4 +15,8 @@ int pool_free_workspace(int device_type, int device_id, void* pointer);
 /* Take back what a failed kernel of this thread left allocated: one that gets no memory frees nothing. */
 void pool_drop_workspace(void);
 
+/* Start the workers of `threads` threads and give each as much scratch as this thread has ever used at once. Returns 0
+ * if there is no memory. */
+int pool_prepare(int threads);
+
 #endif /* TVM_SEPCONV_POOL_H_ */

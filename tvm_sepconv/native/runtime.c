@@ -1,4 +1,4 @@
-/* The process side of compiled layers: opens libraries, packs weights, cuts calls into kernel calls.
+/* Running a layer: a call cut into kernel calls, and those into tasks for the threads.
  *
  * A kernel computes a run of steps of one sample. Because it takes its left padding at run time, any
  * part of a sample is a call of its own: a shifted input, a shifted output, another left padding. So
@@ -6,154 +6,13 @@
  * tiles instead of being rounded up to the longest.
  */
 #define _GNU_SOURCE
-#include <dlfcn.h>
 #include <limits.h>
-#include <link.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 #include "pool.h"
 #include "runtime.h"
 
-static __thread char error_text[512];
-
-const char* tvm_sepconv_last_error(void) { return error_text; }
-
-static int fail(int status, const char* format, ...) {
-  va_list list;
-  va_start(list, format);
-  vsnprintf(error_text, sizeof error_text, format, list);
-  va_end(list);
-  return status;
-}
-
-/* ---- weights -------------------------------------------------------------------------------- */
-
-static void put(const tvm_sepconv_library* l, void* to, int64_t at, const void* from, int64_t index) {
-  if (l->accumulator_bits == 64) ((double*)to)[at] = ((const double*)from)[index];
-  else ((float*)to)[at] = ((const float*)from)[index];
-}
-
-static void* zeros(const int64_t* shape, int rank, int bits) {
-  size_t bytes = (size_t)bits / 8;
-  for (int i = 0; i < rank; ++i) bytes *= (size_t)shape[i];
-  void* memory = NULL;
-  if (posix_memalign(&memory, 64, bytes ? bytes : 64)) return NULL;
-  return memset(memory, 0, bytes);
-}
-
-/* Keras's (k, c, m) to (k, m, c'), (c·m, f) to (f'/lanes, m·c, lanes), (f) to (f'); see compute.py. */
-static int pack(tvm_sepconv_layer* y, const void* depthwise, const void* pointwise, const void* bias) {
-  const tvm_sepconv_library* l = y->library;
-  const int64_t k = l->kernel_size, c = l->channels, m = l->depth_multiplier, f = l->filters;
-  const int64_t v = l->lanes, lined = l->channels_first ? c : (c + v - 1) / v * v;
-  const int64_t shapes[] = {k, m, lined, (f + v - 1) / v, m * c, v};
-  memcpy(y->depthwise_shape, shapes, sizeof y->depthwise_shape);
-  memcpy(y->pointwise_shape, shapes + 3, sizeof y->pointwise_shape);
-  y->bias_shape[0] = shapes[3] * v;
-  y->depthwise = zeros(y->depthwise_shape, 3, l->accumulator_bits);
-  y->pointwise = zeros(y->pointwise_shape, 3, l->accumulator_bits);
-  y->bias = zeros(y->bias_shape, 1, l->accumulator_bits);
-  if (!y->depthwise || !y->pointwise || !y->bias)
-    return fail(TVM_SEPCONV_ERROR_MEMORY, "Out of memory for the packed weights.");
-  for (int64_t tap = 0; tap < k; ++tap)
-    for (int64_t ch = 0; ch < c; ++ch)
-      for (int64_t j = 0; j < m; ++j)
-        put(l, y->depthwise, (tap * m + j) * lined + ch, depthwise, (tap * c + ch) * m + j);
-  for (int64_t ch = 0; ch < c; ++ch)
-    for (int64_t j = 0; j < m; ++j)
-      for (int64_t i = 0; i < f; ++i)
-        put(l, y->pointwise, (i / v * m * c + j * c + ch) * v + i % v, pointwise, (ch * m + j) * f + i);
-  for (int64_t i = 0; bias && i < f; ++i) put(l, y->bias, i, bias, i);
-  return TVM_SEPCONV_OK;
-}
-
-/* ---- layers --------------------------------------------------------------------------------- */
-
-static void fill_slot(void* handle, const char* name, void* function) {
-  void** slot = dlsym(handle, name);
-  if (slot) *slot = function; /* absent: this library's kernels need no scratch */
-}
-
-/* The section headers come last in a library. Opening one that was cut off ends in SIGBUS, not in an error. */
-static int is_cut_off(const char* path) {
-  ElfW(Ehdr) header;
-  FILE* file = fopen(path, "re");
-  if (!file) return 0; /* dlopen says why, or finds it elsewhere */
-  const int read = fread(&header, sizeof header, 1, file) == 1 && fseek(file, 0, SEEK_END) == 0;
-  const uint64_t size = read ? (uint64_t)ftell(file) : 0;
-  fclose(file);
-  return !read || size < header.e_shoff + (uint64_t)header.e_shnum * header.e_shentsize;
-}
-
-static int open_library(const char* path, tvm_sepconv_layer* layer) {
-  if (is_cut_off(path))
-    return fail(TVM_SEPCONV_ERROR_LIBRARY, "The library cannot be opened: %s is truncated.", path);
-  layer->handle = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  if (!layer->handle)
-    return fail(TVM_SEPCONV_ERROR_LIBRARY, "The library cannot be opened: %s", dlerror());
-  layer->library = dlsym(layer->handle, "tvm_sepconv_description");
-  if (!layer->library)
-    return fail(TVM_SEPCONV_ERROR_LIBRARY, "%s is not a compiled tvm_sepconv library.", path);
-  if (layer->library->abi != TVM_SEPCONV_ABI)
-    return fail(TVM_SEPCONV_ERROR_ABI, "%s has ABI %d; the runtime library in this process has ABI %d.",
-                path, layer->library->abi, TVM_SEPCONV_ABI);
-  fill_slot(layer->handle, "__TVMBackendAllocWorkspace", (void*)pool_alloc_workspace);
-  fill_slot(layer->handle, "__TVMBackendFreeWorkspace", (void*)pool_free_workspace);
-  return TVM_SEPCONV_OK;
-}
-
-int tvm_sepconv_layer_create(const char* library_path, const void* depthwise, const void* pointwise,
-                             const void* bias, tvm_sepconv_padding padding, int64_t left,
-                             int64_t right, tvm_sepconv_layer** out) {
-  *out = NULL;
-  if (!library_path || !depthwise || !pointwise)
-    return fail(TVM_SEPCONV_ERROR_ARGUMENT, "`library_path`, `depthwise` and `pointwise` must not be NULL.");
-  if (padding != TVM_SEPCONV_EXPLICIT) left = right = 0;
-  if ((unsigned)padding > TVM_SEPCONV_EXPLICIT)
-    return fail(TVM_SEPCONV_ERROR_ARGUMENT, "`padding` must be one of tvm_sepconv_padding. Received: %d",
-                (int)padding);
-  if (left < 0 || right < 0 || left > INT_MAX / 2 || right > INT_MAX / 2)
-    return fail(TVM_SEPCONV_ERROR_ARGUMENT, "`padding` must lie in [0, 2**30). Received: (%lld, %lld)",
-                (long long)left, (long long)right);
-  tvm_sepconv_layer* layer = calloc(1, sizeof *layer);
-  if (!layer) return fail(TVM_SEPCONV_ERROR_MEMORY, "Out of memory.");
-  layer->padding = padding;
-  layer->left = left;
-  layer->right = right;
-  int status = open_library(library_path, layer);
-  if (!status && layer->library->use_bias != (bias != NULL))
-    status = fail(TVM_SEPCONV_ERROR_ARGUMENT, "`bias` must be given if the layer has one, else NULL: it %s.",
-                  layer->library->use_bias ? "has one" : "has none");
-  if (!status) status = pack(layer, depthwise, pointwise, bias);
-  if (status) tvm_sepconv_layer_destroy(layer);
-  else *out = layer;
-  return status;
-}
-
-void tvm_sepconv_layer_destroy(tvm_sepconv_layer* layer) {
-  if (!layer) return;
-  free(layer->depthwise);
-  free(layer->pointwise);
-  free(layer->bias);
-  if (layer->handle) dlclose(layer->handle);
-  free(layer);
-}
-
 static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-static int64_t effective_kernel(const tvm_sepconv_library* l) {
-  return (int64_t)(l->kernel_size - 1) * l->dilation_rate + 1;
-}
-
-int64_t tvm_sepconv_out_steps(const tvm_sepconv_layer* layer, int64_t steps) {
-  const tvm_sepconv_library* l = layer->library;
-  if (layer->padding == TVM_SEPCONV_SAME) return (steps + l->strides - 1) / l->strides;
-  int64_t room = steps + layer->left + layer->right - effective_kernel(l);
-  return room < 0 ? 0 : room / l->strides + 1;
-}
 
 static int64_t left_padding(const tvm_sepconv_layer* layer, int64_t steps) {
   const tvm_sepconv_library* l = layer->library;
@@ -162,8 +21,6 @@ static int64_t left_padding(const tvm_sepconv_layer* layer, int64_t steps) {
   int64_t total = last + effective_kernel(l) - steps;
   return total > 0 ? total / 2 : 0;
 }
-
-/* ---- running -------------------------------------------------------------------------------- */
 
 typedef struct {
   const tvm_sepconv_layer* layer;
@@ -387,4 +244,29 @@ static int run(const tvm_sepconv_layer* layer, int64_t batch, int64_t steps, int
 int tvm_sepconv_run(const tvm_sepconv_layer* layer, int64_t batch, int64_t steps,
                     tvm_sepconv_view x, tvm_sepconv_view y) {
   return run(layer, batch, steps, tvm_sepconv_out_steps(layer, steps), x, y);
+}
+
+int tvm_sepconv_prepare(const tvm_sepconv_layer* layer) {
+  /* How much scratch a kernel takes only its code knows: each runs once, on zeros. */
+  const tvm_sepconv_library* l = layer->library;
+  const int64_t out_steps = l->variants[0].step_tile, bytes = l->float_bits / 8;
+  const int64_t reach = (out_steps - 1) * l->strides + effective_kernel(l);
+  const int64_t steps = reach + l->strides + l->lanes; /* what an interior form reads beyond its taps */
+  char* x = calloc((size_t)(steps * l->channels + l->lanes), (size_t)bytes);
+  char* y = malloc((size_t)(out_steps * l->filters * bytes));
+  int status = x && y ? TVM_SEPCONV_OK : TVM_SEPCONV_ERROR_MEMORY;
+  const tvm_sepconv_view from = {x, 0, l->channels_first ? steps : l->channels};
+  const tvm_sepconv_view to = {y, 0, l->channels_first ? out_steps : l->filters};
+  const call c = {layer, 1, steps, out_steps, 0, from, to, 0, 0, 1, 0};
+  const samples one = {0, 1};
+  for (int i = 0; i < l->variant_count && !status; ++i) {
+    const tvm_sepconv_variant* variant = &l->variants[i];
+    status = run_kernel(&c, variant->kernel, one, 0, variant->step_tile);
+    if (!status && variant->interior) status = run_kernel(&c, variant->interior, one, 0, variant->step_tile);
+  }
+  if (!status && l->ragged) status = run_kernel(&c, l->ragged, one, 0, 1);
+  free(x);
+  free(y);
+  if (!status && pool_prepare(tvm_sepconv_num_threads())) return TVM_SEPCONV_OK;
+  return fail(TVM_SEPCONV_ERROR_MEMORY, "Out of memory for the kernels' scratch.");
 }
