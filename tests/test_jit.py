@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import native
@@ -17,14 +19,17 @@ import pytest
 
 import tvm_sepconv
 from tvm_sepconv import jit, targets
-from tvm_sepconv.config import SepConvConfig
+from tvm_sepconv.config import KernelConfig, SepConvConfig
 
 pytest.importorskip("tvm")
 
-from tvm_sepconv.compiler import link
+from tvm_sepconv.compiler import link, logs
 
 CONFIG = SepConvConfig.parse(3, 2, 2, activation="relu")
 KERNEL = CONFIG.kernel_config(12)
+HERE = targets.runnable()[0]
+ORIGIN = logs.described(KERNEL, logs.lookup(KERNEL, HERE))  # there may be a record that applies
+COMPILING = f"compiling SEED 12→3 k2 s2 for {HERE}, once: {ORIGIN}"
 # Prints a hash of the answer, whether the compiler was loaded, and what was logged and warned.
 RUN = """
     import hashlib, logging, native, sys, warnings
@@ -45,6 +50,10 @@ def start(code: str = RUN, **variables: str) -> subprocess.Popen[str]:
         [sys.executable, "-c", textwrap.dedent(code)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def key_of(config: KernelConfig, target: str) -> str:
+    return jit._key(config, target, logs.lookup(config, target))
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, bool, str]:
@@ -79,7 +88,7 @@ def cache(tmp_path, monkeypatch):
 def compiled(tmp_path_factory) -> Path:
     """A cache with the library of `KERNEL`."""
     root = tmp_path_factory.mktemp("compiled")
-    entry = root / jit._key(KERNEL, targets.runnable()[0])
+    entry = root / key_of(KERNEL, targets.runnable()[0])
     jit._build(KERNEL, targets.runnable()[0], entry)
     return root
 
@@ -123,7 +132,7 @@ def written(file: Path) -> tuple[int, int]:
 def test_a_second_process_loads_no_compiler(cache, expected):
     digest, imported, text = finish(start())
     assert (digest, imported) == (expected, True)
-    assert f"log: compiling {KERNEL.key} for {targets.runnable()[0]}, once" in text
+    assert f"log: {COMPILING}" in text
     assert cache.stat().st_mode & 0o777 == 0o700
     before = {file: written(file) for file in entry_of(cache).iterdir()}
     digest, imported, text = finish(start())
@@ -135,7 +144,7 @@ def test_four_processes_at_once_on_an_empty_cache(cache, expected):
     processes = [start() for _ in range(4)]
     assert {finish(process)[0] for process in processes} == {expected}
     assert sorted(f.name for f in entry_of(cache).iterdir()) == [
-        "layer.so", "libtvm_sepconv_runtime.so", "sha256.json",
+        "entry.json", "layer.so", "libtvm_sepconv_runtime.so",
     ]  # fmt: skip
 
 
@@ -156,7 +165,7 @@ def alter(file: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "damage"),
     [("layer.so", remove), ("layer.so", cut), ("layer.so", alter),
-     ("libtvm_sepconv_runtime.so", alter), ("sha256.json", cut)],
+     ("libtvm_sepconv_runtime.so", alter), ("entry.json", cut)],
 )  # fmt: skip
 def test_damage_is_found_and_compiled_anew(filled, name, damage):
     cache = filled
@@ -169,11 +178,11 @@ def test_damage_is_found_and_compiled_anew(filled, name, damage):
     assert jit._intact(entry_of(cache))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "3", "null", "{}", '{"layer.so": 1}', "[" * 9999])
+@pytest.mark.parametrize("content", ["", "[]", "3", "null", "{}", '{"sha256": 1}', "[" * 9999])
 def test_hashes_that_are_none(filled, content):
     entry = entry_of(filled)
     assert jit._intact(entry)
-    (entry / jit.HASHES).write_text(content)
+    (entry / jit.ENTRY).write_text(content)
     assert not jit._intact(entry)
 
 
@@ -208,11 +217,11 @@ def test_a_library_is_kept_for_each_config_and_target(cache):
     base = dict(filters=3, kernel_size=2, strides=2, activation="relu")
     configs = [SepConvConfig.parse(**{**base, **other}).kernel_config(12) for other in others]
     best, other = "x86_64-avx512", "aarch64-neon"
-    keys = {jit._key(config, t) for config in [KERNEL, *configs] for t in (best, other)}
+    keys = {key_of(config, t) for config in [KERNEL, *configs] for t in (best, other)}
     assert len(keys) == 10
     # … but not for what the kernel does not depend on.
     same = SepConvConfig.parse(**base, padding="same", name="x").kernel_config(12)
-    assert jit._key(same, best) == jit._key(KERNEL, best)
+    assert key_of(same, best) == key_of(KERNEL, best)
 
 
 def test_what_is_compiled_for_is_chosen_and_checked(cache):
@@ -325,13 +334,32 @@ def test_where_the_cache_is(cache, tmp_path, monkeypatch, variables, place):
 # ---- what it compiles with ----------------------------------------------------------------------
 
 
-def test_it_says_that_it_compiles(cache, builds_fast, caplog):
-    with caplog.at_level(logging.WARNING, "tvm_sepconv"):
+def test_it_says_that_it_compiles_and_from_what(cache, builds_fast, caplog, monkeypatch):
+    monkeypatch.setattr(logs, "_announced", set())
+    with caplog.at_level(logging.INFO, "tvm_sepconv"):
         jit.library(KERNEL)
         jit.library(KERNEL)
-    assert [record.message for record in caplog.records] == [
-        f"compiling {KERNEL.key} for {targets.runnable()[0]}, once"
-    ]
+    said = [(record.levelname, record.message) for record in caplog.records]
+    assert said == [("WARNING", COMPILING)]
+
+
+def test_a_library_found_in_the_cache_says_once_what_it_is_from(filled, caplog, monkeypatch):
+    monkeypatch.setattr(logs, "_announced", set())
+    with caplog.at_level(logging.INFO, "tvm_sepconv"):
+        jit.library(KERNEL)
+        jit.library(KERNEL)
+    said = [(record.levelname, record.message) for record in caplog.records]
+    assert said == [("INFO", f"SEED 12→3 k2 s2 for {HERE}: {ORIGIN}")]
+
+
+def test_what_an_entry_is_for_and_when_it_was_used_stand_in_it(filled):
+    entry = entry_of(filled)
+    description = json.loads((entry / jit.ENTRY).read_text())
+    assert description["target"] == targets.runnable()[0]
+    assert KernelConfig.from_dict(description["kernel"]) == KERNEL
+    os.utime(entry, (1, 1))
+    jit.library(KERNEL)
+    assert time.time() - entry.stat().st_mtime < 60
 
 
 def test_without_the_compiler_the_ways_out_are_named():

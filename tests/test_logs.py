@@ -1,31 +1,25 @@
-"""Tuning logs: which record applies, where records are read and written, and what breaks them."""
+"""Tuning logs: which record applies, and where records are read."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
-import multiprocessing
 import os
 import re
-import stat
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tuning_records import CONFIG, DECISIONS, TARGET, append, day, other, put, record
 
 from tvm_sepconv import jit
-from tvm_sepconv.compiler import logs
-from tvm_sepconv.compiler.logs import Record
-from tvm_sepconv.config import KernelConfig
+from tvm_sepconv.compiler import logs, records
 
-TARGET = "x86_64-avx2"
-CONFIG = KernelConfig(channels=64, filters=64, kernel_size=9)
-DECISIONS = {
-    "step_tile": 96, "register_tile": [6, 2], "depthwise_block": [4, 2], "channel_block": 2,
-}  # fmt: skip
 WITHOUT_BLOCK = {name: DECISIONS[name] for name in DECISIONS if name != "channel_block"}
 
 
@@ -37,71 +31,9 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     monkeypatch.setenv("TVM_SEPCONV_LOGS", str(places["chosen"]))
     monkeypatch.setenv("XDG_DATA_HOME", str(places["data"]))
     monkeypatch.setattr(logs, "packaged", lambda: places["packaged"])
+    monkeypatch.setattr(records, "_named", set())
+    monkeypatch.setattr(logs, "_announced", set())
     return places
-
-
-def record(config: KernelConfig = CONFIG, **changes: Any) -> Record:
-    values = {
-        "config": config, "variant": "long", "target": TARGET, "threads": 1, "batch": 1,
-        "steps": 500, "decisions": DECISIONS, "median_secs": 1e-4,
-        "default_secs": 1.1e-4, "noise": 0.01,
-        "trials": 8, "machine": "a machine", "tvm": "0.27.0", "date": "2026-01-01T00:00:00+00:00",
-    }  # fmt: skip
-    return Record(**{**values, **changes})
-
-
-def put(folder: Path, *records: Record) -> Path:
-    for item in records:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = logs.write(item, folder)
-    return path
-
-
-def other(**changes: Any) -> KernelConfig:
-    return dataclasses.replace(CONFIG, **changes)
-
-
-# ---- lines -------------------------------------------------------------------------------------
-
-
-def test_a_record_is_one_readable_line(tmp_path: Path) -> None:
-    path = put(tmp_path, record())
-    assert path.name == "x86_64-avx2.jsonl"
-    (line,) = path.read_text().splitlines()
-    values = json.loads(line)
-    assert values["decisions"] == DECISIONS
-    assert values["config"]["channels"] == 64
-    assert set(values) == {field.name for field in dataclasses.fields(Record)}
-    assert logs.read(path) == [record()]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o644
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{", "7", '"x"', "null", "[]", "{}", "\udc80\udcff",
-        json.dumps({**record().to_dict(), "trials": "8"}),
-        json.dumps({**record().to_dict(), "trials": True}),
-        json.dumps({**record().to_dict(), "unknown": 1}),
-        json.dumps({**record().to_dict(), "config": {"channels": 0}}),
-        json.dumps({**record().to_dict(), "config": 3}),
-        json.dumps({**record().to_dict(), "decisions": [1]}),
-        json.dumps(record().to_dict())[:-40],
-    ],
-)  # fmt: skip
-def test_a_garbled_line_is_named_skipped_and_kept(
-    line: str, folders: dict[str, Path], recwarn: pytest.WarningsRecorder
-) -> None:
-    path = put(folders["chosen"], record(other(filters=128)))
-    garbled = line.encode(errors="surrogateescape")
-    path.write_bytes(garbled + b"\n\n" + path.read_bytes())
-    with pytest.warns(UserWarning, match=re.escape(f"{path}, line 1, is no record")):
-        assert logs.read(path) == [record(other(filters=128))]
-    with pytest.warns(UserWarning, match="line 1, is no record"):
-        logs.write(record(), folders["chosen"])
-    assert path.read_bytes().startswith(garbled + b"\n{")
-    assert len(path.read_bytes().splitlines()) == 3
 
 
 # ---- lookup ------------------------------------------------------------------------------------
@@ -116,9 +48,7 @@ def test_the_own_record_is_exact(folders: dict[str, Path]) -> None:
     match = logs.lookup(CONFIG, TARGET)
     assert match is not None
     assert (match.distance, match.origin, match.record) == (0.0, "tuned", record())
-    assert match.tiling.to_dict() == {
-        "step_tile": 96, "register_tile": (6, 2), "depthwise_block": (4, 2), "channel_block": 2,
-    }  # fmt: skip
+    assert json.loads(json.dumps(match.tiling.to_dict())) == DECISIONS
 
 
 @pytest.mark.parametrize("missing", [(), ("chosen",), ("chosen", "user")])
@@ -149,6 +79,13 @@ def test_the_nearest_record_is_transferred(folders: dict[str, Path]) -> None:
     assert (match.record.machine, match.distance, match.origin) == ("near", 1.0, "transferred")
 
 
+def test_what_would_be_transferred_to_a_kernel_that_has_a_record(folders: dict[str, Path]) -> None:
+    put(folders["user"], record(), record(threads=2), record(other(filters=128)))
+    match = logs.lookup(CONFIG, TARGET, besides=CONFIG)
+    assert match is not None
+    assert (match.record.config, match.origin) == (other(filters=128), "transferred")
+
+
 def test_a_record_too_far_is_not_used(folders: dict[str, Path]) -> None:
     put(folders["user"], record(other(filters=64 * 8)))
     assert logs.lookup(CONFIG, TARGET) is None
@@ -165,18 +102,107 @@ def test_a_transferred_record_must_be_a_candidate(folders: dict[str, Path]) -> N
     assert match.record.machine == "far"
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"variant": "short"}, {"threads": 2}, {"target": "x86_64-avx512"}],
-    ids=lambda changes: next(iter(changes)),
-)
-def test_records_of_something_else_are_not_used(
-    changes: dict[str, Any], folders: dict[str, Path]
+@pytest.mark.parametrize(("tile", "used"), [(96, True), (192, False)])
+def test_a_transferred_record_must_leave_the_scratch_in_cache(
+    tile: int, used: bool, folders: dict[str, Path]
 ) -> None:
-    folders["user"].mkdir(parents=True)
-    line = json.dumps(record(**changes).to_dict())
-    (folders["user"] / f"{TARGET}.jsonl").write_text(line + "\n")
+    near = record(other(channels=1024), decisions={**DECISIONS, "step_tile": tile})
+    put(folders["user"], near)
+    assert logs.lookup(other(channels=1024), TARGET) is not None
+    assert (logs.lookup(other(channels=2048), TARGET) is not None) == used
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"variant": "short"}, "there is no schedule with decisions of the short variant"),
+        ({"target": "x86_64-avx512"}, "it is of target x86_64-avx512, which the log is not named"),
+    ],
+    ids=lambda changes: next(iter(changes)) if isinstance(changes, dict) else "",
+)
+def test_records_of_something_else_are_named_and_not_used(
+    changes: dict[str, Any], reason: str, folders: dict[str, Path]
+) -> None:
+    path = append(folders["user"] / f"{TARGET}.jsonl", record(**changes))
+    message = f"{path}, line 1, 64→64 k9 of 2026-01-01, is skipped: {reason}"
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        assert logs.lookup(CONFIG, TARGET) is None
+
+
+def test_another_targets_log_in_the_same_folder_is_not_read(folders: dict[str, Path]) -> None:
+    put(folders["user"], record(target="x86_64-avx512"))
     assert logs.lookup(CONFIG, TARGET) is None
+    assert logs.lookup(CONFIG, "x86_64-avx512") is not None
+
+
+def test_a_log_that_cannot_be_read_is_named_once_and_skipped(folders: dict[str, Path]) -> None:
+    path = folders["chosen"] / f"{TARGET}.jsonl"
+    path.mkdir(parents=True)  # a permission bit would not stop root
+    put(folders["user"], record())
+    with pytest.warns(UserWarning, match=f"cannot be read and is skipped: .*{path}"):
+        match = logs.lookup(CONFIG, TARGET)
+    assert match is not None
+    assert logs.lookup(CONFIG, TARGET) == match
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "chosen"),
+    [
+        ((1, 2, 4), 1, 1), ((4, 2), 1, 2), ((1, 2, 8), 2, 2), ((1, 8), 3, 8), ((4, 1), 2, 1),
+    ],
+)  # fmt: skip
+def test_the_record_of_the_nearest_number_of_threads_is_used(
+    there: tuple[int, ...], asked: int, chosen: int, folders: dict[str, Path]
+) -> None:
+    put(folders["user"], *(record(threads=n) for n in there))
+    match = logs.lookup(CONFIG, TARGET, threads=asked)
+    assert match is not None
+    assert (match.record.threads, match.origin) == (chosen, "tuned")
+
+
+def test_an_earlier_folder_goes_before_the_number_of_threads(folders: dict[str, Path]) -> None:
+    put(folders["packaged"], record())
+    put(folders["chosen"], record(threads=2))
+    match = logs.lookup(CONFIG, TARGET)
+    assert match is not None
+    assert match.record.threads == 2
+
+
+def test_the_own_record_goes_before_a_nearer_number_of_threads(folders: dict[str, Path]) -> None:
+    put(folders["user"], record(threads=4), record(other(filters=128)))
+    match = logs.lookup(CONFIG, TARGET)
+    assert match is not None
+    assert (match.record.threads, match.distance) == (4, 0.0)
+
+
+FAST = record(median_secs=5e-5, date=day(1))
+SLOW = record(median_secs=9e-5, date=day(2))
+ELSEWHERE = record(median_secs=2e-4, machine="another", date=day(3))
+
+
+@pytest.mark.parametrize(
+    ("several", "expected"),
+    [
+        ((FAST, SLOW), FAST),
+        ((FAST, SLOW, ELSEWHERE), ELSEWHERE),
+        ((dataclasses.replace(ELSEWHERE, date="2025-12-31T00:00:00+00:00"), FAST, SLOW), FAST),
+        ((dataclasses.replace(FAST, steps=250), SLOW), SLOW),  # 0.2, not 0.18 µs a step
+        ((FAST, dataclasses.replace(FAST, date=day(4))), dataclasses.replace(FAST, date=day(4))),
+        ((dataclasses.replace(FAST, date="2026-01-05T00:30:00+01:00"),
+          dataclasses.replace(ELSEWHERE, date="2026-01-05T00:00:00+00:00")),
+         dataclasses.replace(ELSEWHERE, date="2026-01-05T00:00:00+00:00")),
+    ],
+    ids=["one machine", "two machines", "older elsewhere", "a step", "equally fast", "zones"],
+)  # fmt: skip
+def test_of_several_records_of_one_key_the_best_counts(
+    several: tuple[records.Record, ...], expected: records.Record, folders: dict[str, Path]
+) -> None:
+    for number, order in enumerate((several, several[::-1])):
+        path = append(folders["user"] / f"x{number}" / f"{TARGET}.jsonl", *order)
+        os.environ["TVM_SEPCONV_LOGS"] = str(path.parent)  # undone with the fixture's
+        match = logs.lookup(CONFIG, TARGET)
+        assert match is not None
+        assert match.record == expected
 
 
 def test_a_core_has_records_of_its_own(folders: dict[str, Path]) -> None:
@@ -188,13 +214,17 @@ def test_a_core_has_records_of_its_own(folders: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("decisions", "reason"),
     [
-        ({**DECISIONS, "prefetch": 1}, "prefetch"),
-        ({"step_tile": 96}, "decisions are"),
-        (WITHOUT_BLOCK, r"decisions are \['channel_block'"),  # as written before there were blocks
-        ({**DECISIONS, "register_tile": 3}, "iterable"),
-        ({**DECISIONS, "register_tile": [6, 2, 1]}, "pairs of integers"),
-        ({**DECISIONS, "depthwise_block": ["4", 2]}, "pairs of integers"),
-        ({**DECISIONS, "channel_block": [2]}, "int"),
+        ({**DECISIONS, "prefetch": 1}, "the schedule has no decision prefetch"),
+        ({}, "it lacks the schedule's decision channel_block, "),
+        (WITHOUT_BLOCK, "it lacks the schedule's decision channel_block"),
+        ({**DECISIONS, "register_tile": 3}, "register_tile must be tuple[int, int], and is 3"),
+        ({**DECISIONS, "register_tile": "62"}, "must be tuple[int, int], and is '62'"),
+        ({**DECISIONS, "register_tile": [6, 2, 1]}, "must be tuple[int, int], and is [6, 2, 1]"),
+        ({**DECISIONS, "depthwise_block": ["4", 2]}, "must be tuple[int, int], and is ['4', 2]"),
+        ({**DECISIONS, "channel_block": [2]}, "channel_block must be int, and is [2]"),
+        ({**DECISIONS, "step_tile": True}, "step_tile must be int, and is True"),
+        ({**DECISIONS, "step_tile": "96"}, "step_tile must be int, and is '96'"),
+        ({**DECISIONS, "in_place": 1}, "in_place must be bool, and is 1"),
         ({**DECISIONS, "step_tile": 1536}, "do not fit"),
         ({**DECISIONS, "channel_block": 3}, "do not fit"),
         ({**DECISIONS, "channel_block": 1}, "do not fit"),  # less than the depthwise block
@@ -205,13 +235,27 @@ def test_a_core_has_records_of_its_own(folders: dict[str, Path]) -> None:
         ({**DECISIONS, "register_tile": [12, 2]}, "do not fit"),
     ],
 )
-def test_decisions_the_schedule_does_not_know_are_named_and_skipped(
+def test_decisions_the_schedule_does_not_know_are_named_once_and_skipped(
     decisions: dict[str, Any], reason: str, folders: dict[str, Path]
 ) -> None:
-    put(folders["chosen"], record(decisions=decisions, date="2025-05-05"))
+    path = put(folders["chosen"], record(decisions=decisions, date=day(5)))
     put(folders["user"], record())
-    with pytest.warns(UserWarning, match=f"{CONFIG.key} for {TARGET}, 2025-05-05.*{reason}"):
+    message = f"{path}, line 1, 64→64 k9 of 2026-01-05, is skipped: "
+    with pytest.warns(UserWarning, match=re.escape(message) + ".*" + re.escape(reason)):
         match = logs.lookup(CONFIG, TARGET)
+    assert match is not None
+    assert match.record == record()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert logs.lookup(CONFIG, TARGET) == match  # named once a process
+
+
+def test_a_record_that_cannot_be_used_hides_no_other_of_its_kernel(
+    folders: dict[str, Path],
+) -> None:
+    fast = record(decisions=WITHOUT_BLOCK, median_secs=1e-5)
+    append(folders["chosen"] / f"{TARGET}.jsonl", fast, record())
+    match = logs.lookup(CONFIG, TARGET)
     assert match is not None
     assert match.record == record()
 
@@ -231,55 +275,7 @@ def test_distance_is_as_stated(changes: dict[str, Any], expected: float) -> None
     assert logs.distance(other(**changes), CONFIG) == pytest.approx(expected)
 
 
-# ---- writing -----------------------------------------------------------------------------------
-
-
-def test_a_record_replaces_the_one_of_its_key(tmp_path: Path) -> None:
-    old, new, neighbour = record(), record(median_secs=9e-5), record(other(filters=32))
-    assert logs.read(put(tmp_path, old, neighbour, new)) == [neighbour, new]
-
-
-@pytest.mark.parametrize("steps", [500, 250])
-def test_a_faster_record_that_came_in_between_stays(steps: int, tmp_path: Path) -> None:
-    fast = record(steps=steps, median_secs=5e-5 * steps / 500)
-    slow = record(median_secs=8e-5)
-    assert logs.read(put(tmp_path, fast, slow)) == [fast]
-    assert logs.read(logs.write(slow, tmp_path, replacing=fast)) == [slow]
-
-
-def _write_many(folder: str, first: int) -> None:
-    for filters in range(first, first + 20):
-        logs.write(record(other(filters=filters)), Path(folder))
-
-
-def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    writers = [
-        context.Process(target=_write_many, args=(str(tmp_path), n)) for n in (100, 200, 300)
-    ]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-        assert writer.exitcode == 0
-    filters = sorted(r.config.filters for r in logs.read(tmp_path / f"{TARGET}.jsonl"))
-    assert filters == [n + i for n in (100, 200, 300) for i in range(20)]
-
-
-def test_a_failed_write_leaves_the_log_as_it_was(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = put(tmp_path, record())
-    before = path.read_bytes()
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        logs.write(record(other(filters=32)), tmp_path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
+# ---- the folder that is written to --------------------------------------------------------------
 
 
 def test_records_go_to_the_folder_that_was_named(folders: dict[str, Path]) -> None:
@@ -316,19 +312,22 @@ def test_a_folder_that_cannot_be_written_is_an_error(
 
 
 def test_the_cache_key_follows_the_record_that_applies(folders: dict[str, Path]) -> None:
-    keys = [jit._key(CONFIG, TARGET)]
+    def key() -> str:
+        return jit._key(CONFIG, TARGET, logs.lookup(CONFIG, TARGET))
+
+    keys = [key()]
     put(folders["user"], record(other(filters=64 * 8)), record(target="x86_64-avx512"))
-    assert jit._key(CONFIG, TARGET) == keys[0]  # neither applies
+    assert key() == keys[0]  # neither applies
     for applies in (
         record(other(filters=128)),
         record(),
         record(decisions={**DECISIONS, "step_tile": 48}),
     ):
         put(folders["user"], dataclasses.replace(applies, median_secs=1e-4 / (1 + len(keys))))
-        keys.append(jit._key(CONFIG, TARGET))
+        keys.append(key())
     assert len(set(keys)) == len(keys)
     put(folders["user"], record(other(filters=256)))
-    assert jit._key(CONFIG, TARGET) == keys[-1]  # farther than the own record
+    assert key() == keys[-1]  # farther than the own record
 
 
 def test_a_lookup_needs_no_tvm(folders: dict[str, Path]) -> None:
@@ -337,9 +336,55 @@ def test_a_lookup_needs_no_tvm(folders: dict[str, Path]) -> None:
         "import sys; from tvm_sepconv import jit; from tvm_sepconv.compiler import logs\n"
         "from tvm_sepconv.config import KernelConfig\n"
         f"config = KernelConfig.from_dict({CONFIG.to_dict()})\n"
-        f"assert logs.lookup(config, {TARGET!r}).origin == 'tuned'\n"
-        f"jit._key(config, {TARGET!r})\n"
+        f"match = logs.lookup(config, {TARGET!r})\n"
+        "assert match.origin == 'tuned'\n"
+        f"jit._key(config, {TARGET!r}, match)\n"
         "assert not {'tvm', 'tvm_ffi'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+# ---- saying which one it is ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("there", "config", "text"),
+    [
+        ([], CONFIG, "64→64 k9 for x86_64-avx2: default decisions; `tvm-sepconv tune` can search "
+                     "better ones"),
+        ([record()], CONFIG, "64→64 k9 for x86_64-avx2: tuned (100 µs, 2026-01-01)"),
+        ([record(threads=2)], CONFIG, "64→64 k9 for x86_64-avx2: tuned (100 µs on 2 threads, "
+                                      "2026-01-01)"),
+        ([record(other(kernel_size=18))], CONFIG, "64→64 k9 for x86_64-avx2: transferred from "
+                                                  "64→64 k18 (distance 0.5)"),
+    ],
+    ids=["default", "tuned", "threads", "transferred"],
+)  # fmt: skip
+def test_where_decisions_are_from_is_logged_once(
+    there: list[records.Record], config: records.KernelConfig, text: str,
+    folders: dict[str, Path], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    for item in there:
+        put(folders["user"], item)
+    with caplog.at_level(logging.INFO, "tvm_sepconv"):
+        for _ in range(2):
+            logs.announce(config, TARGET, logs.lookup(config, TARGET))
+    assert [(r.levelname, r.getMessage()) for r in caplog.records] == [("INFO", text)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({}, "64→64 k9"),
+        ({"strides": 2, "dilation_rate": 3, "depth_multiplier": 4}, "64→64 k9 s2 d3 m4"),
+        ({"activation": "relu", "use_bias": False, "dtype": "float16"},
+         "64→64 k9 relu without bias float16"),
+        ({"channels": 256, "filters": 256, "kernel_size": 33, "activation": "relu"},
+         "QN-B1 256→256 k33"),
+        ({"channels": 256, "filters": 256, "kernel_size": 33, "activation": "relu",
+          "data_format": "channels_first"}, "QN-B1 256→256 k33 channels_first"),
+    ],
+)  # fmt: skip
+def test_kernels_are_named_for_people(changes: dict[str, Any], name: str) -> None:
+    assert records.kernel_name(other(**changes)) == name

@@ -9,13 +9,13 @@ half of one.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import json
-import logging
 import os
 import shutil
 import tempfile
@@ -24,14 +24,17 @@ import warnings
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from tvm_sepconv import bundle, targets
 from tvm_sepconv.config import KernelConfig
 
+if TYPE_CHECKING:
+    from tvm_sepconv.compiler.logs import Match
+
 LIBRARY = "layer.so"
-HASHES = "sha256.json"
+ENTRY = "entry.json"  # what it is for, and the other files' hashes
 _building = threading.Lock()  # threads that need the same library compile it once
-log = logging.getLogger("tvm_sepconv")
 
 
 def library(config: KernelConfig, target: str | None = None) -> tuple[Path, Path]:
@@ -50,14 +53,16 @@ def library(config: KernelConfig, target: str | None = None) -> tuple[Path, Path
         If `target` is unknown or cannot run here.
     """
     name = _host_target(target)
-    need_compiler()
-    key = _key(config, name)
-    root = cache_root()
-    entry = root / key
+    logs = compiler("tvm_sepconv.compiler.logs")
+    match = logs.lookup(config, name)  # which needs no TVM
+    entry = cache_root() / _key(config, name, match)
     with _building:
-        if not _intact(entry):
-            log.warning("compiling %s for %s, once", config.key, name)
+        found = _intact(entry)
+        logs.announce(config, name, match, compiling=not found)
+        if not found:
             _build(config, name, entry)
+        with contextlib.suppress(OSError):
+            os.utime(entry)  # when it was last used: `tvm-sepconv cache` goes by it
     return entry / LIBRARY, entry / bundle.RUNTIME
 
 
@@ -95,8 +100,7 @@ def _host_target(target: str | None) -> str:
     return name
 
 
-def _key(config: KernelConfig, target: str) -> str:
-    match = compiler("tvm_sepconv.compiler.logs").lookup(config, target)  # which needs no TVM
+def _key(config: KernelConfig, target: str, match: Match | None) -> str:
     parts = {
         "config": config.to_dict(),
         "target": target,
@@ -126,24 +130,43 @@ def _sources_digest() -> str:
 @functools.cache
 def cache_root() -> Path:
     """Return the cache, made for this user alone; this process's own if that cannot be had."""
-    chosen = os.environ.get("TVM_SEPCONV_CACHE")
     try:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        root = (Path(chosen) if chosen else base / "tvm_sepconv").absolute()
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = root.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & 0o022:
-            raise PermissionError(f"{root} belongs to, or can be written by, another user")
-        with tempfile.TemporaryFile(dir=root):
-            pass
-    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        return users_cache()
+    except OSError as error:
         warnings.warn(
             f"The cache folder cannot be used ({error}); layers are compiled anew in every "
             "process. Set TVM_SEPCONV_CACHE to a folder of your own.",
             stacklevel=2,
         )
         return _process_folder()
+
+
+def users_cache() -> Path:
+    """Return the cache, made for this user alone.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written, belongs to another user, or others can write it.
+    """
+    root = _cache_path().absolute()
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = root.stat()
+    if status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{root} belongs to, or can be written by, another user")
+    with tempfile.TemporaryFile(dir=root):
+        pass
     return root
+
+
+def _cache_path() -> Path:
+    if chosen := os.environ.get("TVM_SEPCONV_CACHE"):
+        return Path(chosen)
+    try:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError as error:  # this user has no home
+        raise OSError(str(error)) from error
+    return Path(base, "tvm_sepconv")
 
 
 @functools.cache
@@ -160,9 +183,9 @@ def _remove(folder: str, owner: int) -> None:
 
 def _intact(entry: Path) -> bool:
     try:
-        hashes = json.loads((entry / HASHES).read_text())
+        hashes = json.loads((entry / ENTRY).read_text())["sha256"]
         files = {name: bundle.sha256(entry / name) for name in (LIBRARY, bundle.RUNTIME)}
-    except (OSError, ValueError, RecursionError):
+    except (KeyError, OSError, TypeError, ValueError, RecursionError):
         return False
     return bool(hashes == files)
 
@@ -177,7 +200,8 @@ def _build(config: KernelConfig, target: str, entry: Path) -> None:
         build.build_library(config, chosen, work / LIBRARY, build.variants(config, chosen))
         build.build_runtime(chosen, work / bundle.RUNTIME)
         hashes = {name: bundle.sha256(work / name) for name in (LIBRARY, bundle.RUNTIME)}
-        (work / HASHES).write_text(json.dumps(hashes))
+        description = {"target": target, "kernel": config.to_dict(), "sha256": hashes}
+        (work / ENTRY).write_text(json.dumps(description))
         if _intact(entry):  # another process was first; it may be about to open its files
             return
         try:
