@@ -1,0 +1,171 @@
+"""Measure candidates on boards, through TVM's RPC tracker and servers.
+
+Every measurement is a session of its own on one server, which may be any of those under the key: a
+board that dies costs what ran there, and others can use the boards in between.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from tvm_sepconv.bundle import RUNTIME
+from tvm_sepconv.compiler import build
+from tvm_sepconv.compiler.board import CONNECT_SECS, CandidateError, brief, session, within
+from tvm_sepconv.compiler.measure import RunnerError, Task
+from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.tracker import Address, Server, Tracker, need_key
+
+WAIT_SECS = 60.0  # for a server that others have
+RUN_LIMIT_SECS = 60.0  # a library
+TRIES = 2  # servers that may be lost over one measurement
+
+
+class Boards:
+    """The servers under one key of a tracker, taken to be alike, as a place to measure.
+
+    Any number of threads may measure at once; `workers` of them find a server of their own.
+    ``machine`` is the name of a board.
+
+    Parameters
+    ----------
+    threads
+        That one call may use there.
+    wait_secs
+        How long to wait for a server when others have all.
+
+    Raises
+    ------
+    ConnectionError
+        If there is no tracker at `address`, or the server it names cannot be reached.
+    ValueError
+        If it has no server under `key`, or that cannot run the target's libraries.
+    TimeoutError
+        If others have all servers under `key`.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        key: str,
+        target: CpuTarget,
+        threads: int = 1,
+        wait_secs: float = WAIT_SECS,
+    ) -> None:
+        self.address, self.key, self.target = address, key, target
+        self.threads, self.wait_secs = threads, wait_secs
+        self._measuring = 0  # sessions of ours
+        self._lock = threading.Lock()
+        with Tracker(address) as tracker:
+            self.workers = len(need_key(tracker, key))
+        with tempfile.TemporaryDirectory() as folder:
+            build.build_runtime(target, Path(folder, RUNTIME))
+            self._runtime = Path(folder, RUNTIME).read_bytes()
+        _, self.machine = self.visit()
+
+    def __enter__(self) -> Boards:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing: no server is held between measurements."""
+
+    def measure(self, task: Path, libraries: Sequence[str], rounds: int) -> list[list[float]]:
+        """Verify libraries, then time them in alternation, all on one server.
+
+        Parameters
+        ----------
+        task
+            What `measure.write_task` wrote.
+
+        Returns
+        -------
+        list
+            For each library, `rounds` samples of the seconds of one call.
+
+        Raises
+        ------
+        RuntimeError
+            If a library is wrong, crashes or hangs, or TRIES servers were lost over it.
+        RunnerError
+            If no server is left.
+        """
+        data, limit = Task(str(task)), RUN_LIMIT_SECS * len(libraries)
+        lost = []
+
+        def sample() -> list[list[float]]:
+            with session(server, self._runtime, limit) as board:
+                return board.sample(data, libraries, rounds, self.threads)
+
+        for _ in range(TRIES):
+            try:
+                server = self._lent()
+            except OSError as error:
+                raise RunnerError(f"{error} What was measured so far is kept.") from error
+            self._count(1)
+            try:
+                return within(limit + CONNECT_SECS, sample)
+            except CandidateError as error:
+                raise RuntimeError(str(error)) from None
+            except Exception as error:
+                lost.append(f"{server.address}: {brief(error)}")
+            finally:
+                self._count(-1)
+        raise RuntimeError(f"{TRIES} RPC servers were lost over it ({'; '.join(lost)})")
+
+    def _count(self, change: int) -> None:
+        with self._lock:
+            self._measuring += change
+
+    def visit(self) -> tuple[Address, str]:
+        """Look at a board that is free, and return where it is and what it is called.
+
+        Raises
+        ------
+        ConnectionError, ValueError, TimeoutError
+            As the constructor does.
+        """
+        server = self._lent()
+        where = f"The RPC server at {server.address}, under the key {self.key!r},"
+
+        def description() -> str:
+            with session(server, self._runtime, CONNECT_SECS) as board:
+                return board.description(self.target)
+
+        try:
+            return server.address, within(2 * CONNECT_SECS, description)
+        except CandidateError as error:
+            raise ValueError(
+                f"{where} cannot run what is built for {self.target.name}: {error}."
+            ) from None
+        except Exception as error:
+            raise ConnectionError(
+                f"{where} does not answer as it should: {brief(error)}. A tunnel must have the "
+                "server's port at both ends; a firewall must let it through."
+            ) from None
+
+    def _lent(self) -> Server:
+        """A server for one session, as soon as one is free."""
+        start = time.monotonic()
+
+        def give_up() -> str | None:
+            where = f"under the key {self.key!r} of the RPC tracker at {self.address}"
+            with Tracker(self.address) as asked:
+                count = len(asked.servers().get(self.key, []))
+            if not count:
+                return f"No server is left {where}."
+            waited = time.monotonic() - start
+            if self._measuring or waited < self.wait_secs:  # our own sessions end
+                return None
+            return (
+                f"All servers ({count}) {where} are taken, after {waited:.0f} s of waiting. Come "
+                "again when whoever has them is done, start another, or restart one that hangs."
+            )
+
+        with Tracker(self.address) as tracker:
+            return tracker.request(self.key, give_up)
