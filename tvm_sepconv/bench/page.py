@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from functools import partial
 from html import escape
 
-from tvm_sepconv.bench import plots, table
+from tvm_sepconv.bench import drawing, plots, table
 from tvm_sepconv.bench.document import cells_table, document
 from tvm_sepconv.bench.report import BESIDE, NOT_OF_THE_20, OURS, Report, Row
 
@@ -21,7 +22,7 @@ def html(report: Report) -> str:
             '<p class="soft">Whole calls, array in to array out, medians. The bar ends at the best '
             "peer: right of 1 ours is faster, left of it ours LOST. Marks at the right edge took "
             f"more than {plots.MOST:g} times as long.</p>",
-            plots.bars(report),
+            drawing.picture(partial(plots.bars, report), "bars", "Times of whole calls over ours"),
         ]
     if report.rows:
         parts += [
@@ -29,7 +30,7 @@ def html(report: Report) -> str:
             '<p class="soft">Kernel alone, one thread. A mark has the colour of the memory level '
             "that comes nearest to holding it; a diamond is held by it, a circle by the "
             "multiply-adds.</p>",
-            plots.roofline(report),
+            drawing.picture(partial(plots.roofline, report), "roofline", "Rooflines"),
             "<h2>Kernel alone, one thread</h2>",
             '<p class="soft">Held by: the limit that takes longest, and the time it takes; in '
             "brackets where it explains less than half of the kernel's.</p>",

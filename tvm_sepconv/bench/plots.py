@@ -3,62 +3,59 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from tvm_sepconv.bench import svg
+from tvm_sepconv.bench import drawing
+from tvm_sepconv.bench.drawing import COLOUR
+from tvm_sepconv.bench.labels import Box, Line, Point, place
 from tvm_sepconv.bench.report import BESIDE, OURS, Report, Row
-from tvm_sepconv.bench.svg import Axis, Box, Line, Point
 
-WIDTH = 1000.0
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+LEVELS = {"L1": "soft", "L2": "c0", "L3": "c1", "DRAM": "c2"}  # colours
 CLOSE, CROWD = 0.6, 5  # share of peak, and rows: from there on they need a picture of their own
 _SAME = 1.04  # limits within this of each other share a label
-_ROW = 25.0  # height of a row of the bars
-_BARS_LEFT, _BARS_RIGHT = 262.0, WIDTH - 190
+ROW_IN = 0.235  # height of a row of the bars
+# Of contestants: shapes that differ, and sizes that look the same.
+MARKS = (("o", 5), ("s", 4.6), ("D", 4.4), ("^", 5.4), ("v", 5.4), ("P", 5.6), (">", 5.4),
+         ("o", 5), ("s", 4.6), ("D", 4.4))  # fmt: skip
 MOST = 32.0  # times ours; what took longer stands at the edge
 
 
-def ticks(axis: Axis) -> list[float]:
-    """Round values in an axis's range: some of each decade, or evenly spaced ones within one."""
-    if axis.log and axis.high > 8 * axis.low:
-        powers = range(math.floor(math.log10(axis.low)), math.ceil(math.log10(axis.high)) + 1)
-        values = (digit * 10.0**power for power in powers for digit in _digits(axis))
-        return [value for value in values if axis.low <= value <= axis.high]
-    rough = (axis.high - axis.low) / 6
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * digit for digit in (1, 2, 5, 10) if power * digit >= rough)
-    first, last = math.ceil(axis.low / step), math.floor(axis.high / step * (1 + 1e-9))
-    return [step * number for number in range(first, last + 1)]
-
-
-def _digits(axis: Axis) -> tuple[float, ...]:
-    """What of a decade gets a tick: more of it where there are few decades."""
-    return (1, 2, 5) if axis.high > 30 * axis.low else (1, 1.5, 2, 3, 4, 5, 7)
-
-
-def roofline(report: Report) -> str:
+def roofline(report: Report) -> Figure:
     """Our kernels under the machine's limits: operations a byte, and operations a second.
 
     Bytes are those of the level of memory that comes nearest to holding the row; the mark has that
     level's colour, and is a diamond if it is this level that holds the row, not the multiply-adds.
-    Where many rows come close to the peak, a second picture has these alone.
+    Where many rows come close to the peak, a second panel has these alone.
     """
     close = [row for row in report.rows if row.kernel_gflops >= CLOSE * report.peak_gflops]
     close = close if len(close) >= CROWD else []
-    places = [_place(report, row) for row in report.rows]
+    others = [row for row in report.rows if row not in close]
+    title = "GFLOP/s of our kernels against operations a byte"
+    made = drawing.figure(10.6 if close else 5.0, title, report.where)
+    areas = drawing.axes(made, 1 + bool(close), 1, height_ratios=[4, 5] if close else None)
+    xs, ys = zip(*(_place(report, row) for row in report.rows), strict=True)
     peak = max(report.limits.peak_gflops.values())
-    xs, ys = [p[0] for p in places], [p[1] for p in places]
-    area = Box(62, 16, WIDTH - 16, 470)
-    x = Axis(min(xs) / 3, max(*xs, 4) * 2, area.left, area.right, log=True)
-    y = Axis(min(*ys, peak / 8) / 1.6, peak * 1.35, area.bottom, area.top, log=True)
-    result = _panel(report, [row for row in report.rows if row not in close], close, x, y, area)
-    if not close:
-        return result
-    xs, ys = ([_place(report, row)[axis] for row in close] for axis in (0, 1))
-    area = Box(62, 16, WIDTH - 16, 530)
-    x = Axis(min(xs) / 1.5, max(xs) * 1.3, area.left, area.right, log=True)
-    highest = max(*ys, report.peak_gflops) * 1.04
-    y = Axis(min(ys) / 1.04, highest, area.bottom, area.top, log=True)
-    return f"{result}\n{_panel(report, close, [], x, y, area)}"
+    areas[0].set_xlim(min(xs) / 3, max(*xs, 4) * 2)
+    areas[0].set_ylim(min(*ys, peak / 8) / 1.6, peak * 1.35)
+    if close:
+        xs, ys = zip(*(_place(report, row) for row in close), strict=True)
+        areas[1].set_xlim(min(xs) / 1.5, max(xs) * 1.3)
+        areas[1].set_ylim(min(ys) / 1.04, max(*ys, report.peak_gflops) * 1.04)
+    for area in areas:
+        drawing.log_axes(area)
+        area.set_ylabel("GFLOP/s, one thread")
+    areas[-1].set_xlabel("floating-point operations a byte, of the level in the mark's colour")
+    made.draw_without_rendering()  # from here on it is known where things are
+    _panel(areas[0], report, others, close)
+    if close:
+        _panel(areas[1], report, close, [])
+    return made
 
 
 def _place(report: Report, row: Row) -> tuple[float, float]:
@@ -66,100 +63,101 @@ def _place(report: Report, row: Row) -> tuple[float, float]:
     return row.flops / row.traffic.bytes[report.memory_bound(row).level], row.kernel_gflops
 
 
-def _panel(
-    report: Report, rows: Sequence[Row], unnamed: Sequence[Row], x: Axis, y: Axis, area: Box
-) -> str:
+def _panel(area: Axes, report: Report, rows: Sequence[Row], unnamed: Sequence[Row]) -> None:
     """One roofline, with a label for each of `rows` and none for those that follow elsewhere."""
-    everyone = [*rows, *unnamed]
-    places = [_place(report, row) for row in everyone]
-    marks = [Point(x.at(intensity), y.at(gflops)) for intensity, gflops in places]
-    roofs = list(_roofs(report.limits.peak_gflops, report.limits.bandwidth, x, y))
-    boxes = [box for _, _, box in roofs if box is not None]
-    parts = [*_grid(x, y, area), *(part for part, _, _ in roofs)]
-    named = [(at, row.id) for at, row in zip(marks, rows, strict=False)]
+    texts, lines = _roofs(area, report)
+    for row in (*rows, *unnamed):
+        held = report.bound(row).level != "FMA"
+        colour = COLOUR[LEVELS[report.memory_bound(row).level]]
+        area.plot(*_place(report, row), "D" if held else "o", markersize=5.5 if held else 6.5,
+                  color=colour, markeredgecolor=COLOUR["bg"], markeredgewidth=0.8)  # fmt: skip
+    named = [(_place(report, row), row.id) for row in rows]
+    boxes = [_box(text) for text in texts]
     if unnamed:
-        hidden = marks[len(rows) :]
-        frame = _frame(hidden, y.at(report.peak_gflops))
+        below, frame = _frame(area, [_place(report, row) for row in unnamed])
+        named.append((below, f"{len(unnamed)} layers, named below"))
         boxes.append(frame)
-        parts.append(svg.rectangle(frame, "frame"))
-        named.append((Point(frame.right - 5, frame.bottom - 5), f"{len(unnamed)} layers: below"))
-    labels = svg.place(named, area, boxes, [one for _, one, _ in roofs])
-    for (at, _), label in zip(named, labels, strict=True):
-        parts.append(svg.line(at, label.nearest(at), "leader"))
-    for row, at in zip(everyone, marks, strict=True):
-        shape = "circle" if report.bound(row).level == "FMA" else "diamond"
-        kind = f"mark {report.memory_bound(row).level}"
-        parts.append(svg.mark(at, shape, kind, _tip(report, row)))
-    for (_, words), label in zip(named, labels, strict=True):
-        parts.append(svg.text(Point(label.left + 2, label.bottom - 4), words, kind="name"))
-    title = "Roofline: GFLOP/s of our kernels by operations a byte"
-    return svg.picture(WIDTH, area.bottom + 46, parts, title)
+    _names(area, named, boxes, lines)
 
 
-def _frame(marks: Sequence[Point], roof: float) -> Box:
-    """The box about marks, below a roof."""
-    xs, ys = [p.x for p in marks], [p.y for p in marks]
-    return Box(min(xs) - 9, max(min(ys) - 9, roof + 2), max(xs) + 9, max(ys) + 9)
+def _names(
+    area: Axes,
+    named: Sequence[tuple[tuple[float, float], str]],
+    boxes: Sequence[Box],
+    lines: Sequence[Line],
+) -> None:
+    """Write names near their places, off everything else."""
+    texts = [area.text(*at, words, size=8.5, weight="bold", va="center") for at, words in named]
+    sizes = [(box.right - box.left, box.top - box.bottom) for box in map(_box, texts)]
+    points = [_pixel(area, at) for at, _ in named]
+    frame = Box(*area.get_window_extent().extents)
+    to_data = area.transData.inverted()
+    labels = place(list(zip(points, sizes, strict=True)), frame, boxes, lines)
+    for text, (at, _), point, label in zip(texts, named, points, labels, strict=True):
+        x, y = to_data.transform((label.left + 2, (label.bottom + label.top) / 2))
+        text.set_position((float(x), float(y)))
+        ends = zip(at, to_data.transform(label.nearest(point)), strict=True)
+        area.plot(*ends, color=COLOUR["soft"], linewidth=0.6, zorder=1.8)
 
 
-def _tip(report: Report, row: Row) -> str:
-    memory = report.memory_bound(row)
-    moved = row.traffic.bytes[memory.level] / row.kernel.median_us / 1e3
-    return (
-        f"{row.id}, {row.shape}: {row.kernel_gflops:.1f} GFLOP/s, "
-        f"{100 * report.share_of_peak(row):.0f} % of peak; {memory.level} {moved:.0f} of "
-        f"{memory.gbps:.0f} GB/s; held by {report.bound(row).level}"
-    )
+def _pixel(area: Axes, at: tuple[float, float]) -> Point:
+    return Point(*map(float, area.transData.transform(at)))
 
 
-def _grid(x: Axis, y: Axis, area: Box) -> Iterable[str]:
-    for value in ticks(x):
-        at = x.at(value)
-        yield svg.line(Point(at, area.top), Point(at, area.bottom), "grid")
-        yield svg.text(Point(at, area.bottom + 16), f"{value:g}", "middle", "tick")
-    for value in ticks(y):
-        at = y.at(value)
-        yield svg.line(Point(area.left, at), Point(area.right, at), "grid")
-        yield svg.text(Point(area.left - 6, at + 4), f"{value:g}", "end", "tick")
-    middle = Point((area.left + area.right) / 2, area.bottom + 36)
-    words = "floating-point operations a byte, of the level in the mark's colour"
-    yield svg.text(middle, words, "middle", "axis")
-    left = Point(14, (area.top + area.bottom) / 2)
-    yield (
-        f'<g transform="rotate(-90 {left.x:.0f} {left.y:.0f})">'
-        f"{svg.text(left, 'GFLOP/s, one thread', 'middle', 'axis')}</g>"
-    )
+def _box(text: Text) -> Box:
+    return Box(*text.get_window_extent().extents)
 
 
-def _roofs(
-    peaks: Mapping[str, float], bandwidth: Mapping[str, float], x: Axis, y: Axis
-) -> Iterable[tuple[str, Line, Box | None]]:
-    """Each roof as drawn, its line, and the box of its label if that is not along the line."""
-    highest = max(peaks.values())
+def _frame(area: Axes, places: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], Box]:
+    """Frame the places; returns where a name may point to, and the frame in pixels."""
+    (left, low), (right, high) = ([f(v) for v in zip(*places, strict=True)] for f in (min, max))
+    left, low, right, high = left / 1.06, low / 1.06, right * 1.06, high * 1.04
+    area.plot([left, right, right, left, left], [low, low, high, high, low],
+              color=COLOUR["soft"], linewidth=0.9, linestyle=(0, (4, 3)), zorder=1.9)  # fmt: skip
+    frame = Box(*_pixel(area, (left, low)), *_pixel(area, (right, high)))
+    return (math.sqrt(left * right), low / 1.03), frame
+
+
+def _roofs(area: Axes, report: Report) -> tuple[list[Text], list[Line]]:
+    """Draw the limits; returns their labels, and their lines in pixels."""
+    peaks, bandwidth = report.limits.peak_gflops, report.limits.bandwidth
+    (first, last), low = area.get_xlim(), area.get_ylim()[0]
+    texts: list[Text] = []
+    ends = []
     for names, gflops in _together(peaks):
-        if gflops < y.low:
+        if gflops < low:
             continue
-        start = Point(x.at(max(gflops / max(bandwidth.values()), x.low)), y.at(gflops))
-        end = Point(x.end, start.y)
-        at = Point(x.end - 4, start.y - 6)
+        start = max(gflops / max(bandwidth.values()), first)
+        ends.append(((start, gflops), (last, gflops)))
+        area.plot([start, last], [gflops, gflops], color=COLOUR["ink"], linewidth=1.6, zorder=1.7)
         words = f"{', '.join(names)}: {gflops:.0f} GFLOP/s"
-        drawn = svg.line(start, end, "roof FMA") + svg.text(at, words, "end", "label FMA")
-        yield drawn, (start, end), svg.text_box(at, words, "end")
+        texts.append(area.annotate(words, (last, gflops), (-4, 4), textcoords="offset points",
+                                   ha="right", size=8))  # fmt: skip
     for number, (level, gbps) in enumerate(bandwidth.items()):
-        first, last = max(x.low, y.low / gbps), min(highest / gbps, x.high)
-        if first >= last:
+        start, end = max(first, low / gbps), min(max(peaks.values()) / gbps, last)
+        if start >= end:
             continue  # all of it outside the picture
-        start, end = (Point(x.at(v), y.at(v * gbps)) for v in (first, last))
-        angle = math.degrees(math.atan2(end.y - start.y, end.x - start.x))
+        ends.append(((start, start * gbps), (end, end * gbps)))
+        colour = COLOUR[LEVELS[level]]
+        area.plot([start, end], [start * gbps, end * gbps], color=colour, linewidth=1.6, zorder=1.7)
         # Neighbours' labels stand apart along the lines, where these are close to each other.
         share = 0.05 + 0.22 * (number % 4)
-        at = Point(start.x + share * (end.x - start.x), start.y + share * (end.y - start.y))
-        words = f"{level} {gbps:.0f} GB/s"
-        if math.dist(at, end) < svg.CHARACTER * len(words):
-            words = ""  # too little of the line is in the picture
-        words = svg.text(Point(at.x, at.y - 5), words, kind=f"label {level}")
-        turned = f'<g transform="rotate({angle:.1f} {at.x:.1f} {at.y:.1f})">{words}</g>'
-        yield svg.line(start, end, f"roof {level}") + turned, (start, end), None
+        at = start * (end / start) ** share
+        _along(area, (at, at * gbps), (end, end * gbps), f"{level} {gbps:.0f} GB/s", colour)
+    return texts, [(_pixel(area, a), _pixel(area, b)) for a, b in ends]
+
+
+def _along(
+    area: Axes, at: tuple[float, float], end: tuple[float, float], words: str, colour: str
+) -> None:
+    """Write above a line, turned as it is, if enough of it is in the picture."""
+    start, stop = _pixel(area, at), _pixel(area, end)
+    angle = math.degrees(math.atan2(stop.y - start.y, stop.x - start.x))
+    text = area.annotate(words, at, (-3, 3), textcoords="offset points", color=colour, size=8,
+                         rotation=angle, rotation_mode="anchor", va="bottom")  # fmt: skip
+    box = _box(text)
+    if math.dist(start, stop) < math.hypot(box.right - box.left, box.top - box.bottom):
+        text.remove()
 
 
 def _together(peaks: Mapping[str, float]) -> list[tuple[list[str], float]]:
@@ -173,66 +171,89 @@ def _together(peaks: Mapping[str, float]) -> list[tuple[list[str], float]]:
     return groups
 
 
-def bars(report: Report) -> str:
+def bars(report: Report) -> Figure:
     """Everybody's whole calls over ours, a line a row: right of 1 ours is faster, left it lost."""
-    shown = [n for n in (*report.peers, *BESIDE) if any(n in r.whole_call for r in report.rows)]
-    kinds = {name: _kind(number, name) for number, name in enumerate(shown)}
-    legend, top = _legend(kinds)
     rows = [row for row in report.rows if OURS in row.whole_call]
-    bottom = top + _ROW * len(rows)
-    ratios = [row.ratio_to(name) for row in rows for name in shown if name in row.whole_call]
-    axis = Axis(min([0.5, *(r / 1.2 for r in ratios)]), MOST * 1.1, _BARS_LEFT, _BARS_RIGHT, True)
-    parts = list(legend)
-    for number in range(0, len(rows), 2):
-        box = Box(0, top + _ROW * number, WIDTH, top + _ROW * (number + 1))
-        parts.append(svg.rectangle(box, "stripe"))
-    for power in range(math.ceil(math.log2(axis.low)), int(math.log2(MOST)) + 1):
-        at = axis.at(2.0**power)
-        kind = "one" if power == 0 else "grid"
-        parts.append(svg.line(Point(at, top - 4), Point(at, bottom), kind))
-        parts.append(svg.text(Point(at, bottom + 15), f"{2.0**power:g}×", "middle", "tick"))
-    for number, row in enumerate(rows):
-        parts += _bar(row, axis, top + _ROW * number, kinds)
-    words = "time of a whole call over ours (logarithmic)"
-    middle = Point((_BARS_LEFT + _BARS_RIGHT) / 2, bottom + 35)
-    parts.append(svg.text(middle, words, "middle", "axis"))
-    return svg.picture(WIDTH, bottom + 44, parts, "Times of whole calls over ours, by layer")
+    made = drawing.figure(1.35 + ROW_IN * len(rows), "Times of whole calls over ours", report.where)
+    (area,) = drawing.axes(made, 1, 1)
+    striped(area, len(rows))
+    name_rows(area, [(row.id, row.shape) for row in rows])
+    whole_calls(area, dict(enumerate(rows)), report)
+    return made
 
 
-def _kind(number: int, name: str) -> tuple[str, str]:
-    """Shape and classes of a contestant's marks: peers in colours, others hollow."""
-    shape = svg.SHAPES[number % len(svg.SHAPES)]
-    return shape, "peer beside" if name in BESIDE else f"peer p{number % 7}"
+def striped(area: Axes, count: int) -> None:
+    """Make so many rows, first on top, every other one on a stripe."""
+    area.set_ylim(count - 0.5, -0.5)
+    area.grid(False, axis="y")
+    area.set_yticks([])
+    for number in range(0, count, 2):
+        area.axhspan(number - 0.5, number + 0.5, color=COLOUR["stripe"], zorder=0, linewidth=0)
 
 
-def _legend(kinds: Mapping[str, tuple[str, str]]) -> tuple[list[str], float]:
-    """The legend, and where the rows may begin below it."""
-    parts, at = [], Point(_BARS_LEFT, 14)
-    for name, (shape, kind) in kinds.items():
-        words = f"{name} (no peer)" if name in BESIDE else name
-        width = 30 + svg.CHARACTER * len(words)
-        if at.x + width > WIDTH:
-            at = Point(_BARS_LEFT, at.y + 18)
-        parts.append(svg.mark(Point(at.x + 6, at.y - 4), shape, kind))
-        parts.append(svg.text(Point(at.x + 15, at.y), words, kind="tick"))
-        at = Point(at.x + width, at.y)
-    return parts, at.y + 16
+def name_rows(area: Axes, names: Sequence[tuple[str, str]]) -> None:
+    """Write each row's name, and a note, left of it."""
+    gap, letter, bold = 6, 4.9, 5.4  # points: beside the axis, and a character's width
+    left = 2 * gap + max(letter * len(note) + bold * len(name) for name, note in names)
+    for number, (name, note) in enumerate(names):
+        where: dict[str, Any] = {
+            "xycoords": ("axes fraction", "data"), "textcoords": "offset points",
+            "va": "center", "size": 8,
+        }  # fmt: skip
+        area.annotate(name, (0, number), (-left, 0), weight="bold", **where)
+        area.annotate(note, (0, number), (-gap, 0), ha="right", color=COLOUR["soft"], **where)
 
 
-def _bar(row: Row, axis: Axis, top: float, kinds: Mapping[str, tuple[str, str]]) -> Iterable[str]:
-    middle = top + _ROW / 2
-    yield svg.text(Point(6, middle + 4), row.id, kind="name")
-    yield svg.text(Point(_BARS_LEFT - 10, middle + 4), row.shape, "end", "tick")
-    if row.ratio is not None and row.best_peer is not None:
-        won = row.ratio >= 1
-        ends = sorted((axis.at(1), axis.at(min(row.ratio, MOST))))
-        kind, verdict = ("won", "won") if won else ("lost", "LOST")
-        yield svg.rectangle(Box(ends[0], top + 4, ends[1], top + _ROW - 4), kind)
-        words = f"{row.ratio:.2f}× {verdict} {row.best_peer}"
-        yield svg.text(Point(_BARS_RIGHT + 12, middle + 4), words, kind=f"verdict {kind}")
-    for name, (shape, kind) in reversed(list(kinds.items())):  # the first ones on top
-        if name in row.whole_call:
-            ratio = row.ratio_to(name)
-            tip = f"{row.id}, {name}: {row.whole_call[name].median_us:.4g} µs, {ratio:.2f}× ours"
-            beyond = "right" if ratio > MOST else shape
-            yield svg.mark(Point(axis.at(min(ratio, MOST)), middle), beyond, kind, tip)
+def whole_calls(area: Axes, rows: Mapping[int, Row], report: Report, columns: int = 5) -> None:
+    """Draw whole calls over ours into rows by their numbers; `columns` are the legend's."""
+    shown = [n for n in (*report.peers, *BESIDE) if any(n in r.whole_call for r in rows.values())]
+    ratios = [r.ratio_to(n) for r in rows.values() for n in shown if n in r.whole_call]
+    ratio_axis(area, min([0.5, *(r / 1.2 for r in ratios)]), MOST * 1.12)
+    area.axvline(1, color=COLOUR["ink"], linewidth=1.3, zorder=1.5)
+    for number, row in rows.items():
+        _verdict(area, number, row)
+    for number, name in enumerate(shown):
+        times = [(y, r.ratio_to(name)) for y, r in rows.items() if name in r.whole_call]
+        mark, size = MARKS[number % len(MARKS)]
+        hollow, colour = name in BESIDE, COLOUR[f"c{number % 7}"]
+        look: dict[str, Any] = {
+            "zorder": 3 - number / 100, "linestyle": "none", "markersize": size,
+            "markeredgewidth": 1 if hollow else 0.6,
+            "markerfacecolor": COLOUR["bg"] if hollow else colour,
+            "markeredgecolor": COLOUR["soft" if hollow else "bg"],
+        }  # fmt: skip
+        inside = [(y, ratio) for y, ratio in times if ratio <= MOST]
+        beyond = [y for y, ratio in times if ratio > MOST]
+        words = f"{name} (no peer)" if hollow else name
+        area.plot([r for _, r in inside], [y for y, _ in inside], marker=mark, label=words, **look)
+        area.plot([MOST] * len(beyond), beyond, marker=">", **{**look, "markersize": 5})
+    area.set_xlabel("time of a whole call over ours (logarithmic)")
+    legend(area, columns)
+
+
+def _verdict(area: Axes, number: int, row: Row) -> None:
+    if row.ratio is None:
+        return
+    won = row.ratio >= 1
+    colour = COLOUR["won" if won else "lost"]
+    end = min(row.ratio, MOST)
+    area.barh(number, end - 1, 0.66, left=1, color=colour, alpha=0.3 if won else 0.75)
+    words = f"{row.ratio:.2f}× {'won' if won else 'LOST'} {row.best_peer}"
+    area.text(1.015, number, words, transform=area.get_yaxis_transform(), va="center", size=8,
+              weight="bold", color=colour)  # fmt: skip
+
+
+def ratio_axis(area: Axes, low: float, high: float) -> None:
+    """Make a logarithmic axis of ratios, with round values."""
+    area.set(xscale="log", xlim=(low, high))
+    powers = [2.0**power for power in range(math.ceil(math.log2(low)), int(math.log2(high)) + 1)]
+    marks = powers if high > 4 * low else drawing.ticks(low, high, log=True)
+    area.set_xticks(marks, [f"{value:.3g}×" for value in marks])
+    area.minorticks_off()
+
+
+def legend(area: Axes, columns: int) -> None:
+    """Put the marks' meanings over the rows."""
+    area.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns,
+                frameon=False, borderpad=0.2, handletextpad=0.3, columnspacing=1.0,
+                fontsize=8)  # fmt: skip

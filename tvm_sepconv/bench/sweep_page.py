@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from functools import partial
 from html import escape
+from typing import TYPE_CHECKING
 
-from tvm_sepconv.bench import svg
+from tvm_sepconv.bench import drawing
 from tvm_sepconv.bench.document import cells_table, document
-from tvm_sepconv.bench.plots import WIDTH, ticks
-from tvm_sepconv.bench.svg import Axis, Box
-from tvm_sepconv.bench.svg import Point as Place
+from tvm_sepconv.bench.drawing import COLOUR
 from tvm_sepconv.bench.sweep import TARGET_RATE, Point, Sweep
 from tvm_sepconv.bench.table import us
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 WORST = 10  # shapes that are named
-_HEIGHT, _MARGIN, _GUTTER = 190.0, 50.0, 30.0  # of a panel, left of it, below it
 
 Measure = Callable[[Point], float]
 
@@ -29,21 +31,25 @@ def html(sweep: Sweep) -> str:
         "<h1>tvm_sepconv for every number of channels</h1>",
         _facts(sweep),
         "<h2>Rate, GFLOP/s</h2>",
-        _panels(sweep, lambda point: point.gflops, None),
+        _picture(sweep, lambda point: point.gflops, None, "GFLOP/s"),
         "<h2>Rate over that of the next regular shape</h2>",
         '<p class="soft">The next regular shape has channels and filters rounded up to whole '
         f"vectors of {sweep.lanes}. The line is at {target:.0f} %: {len(behind)} of "
         f"{len(sweep.asked)} shapes lie below it. In the regular shape's time, a shape that fills "
         "a tenth of its vectors has a tenth of its rate.</p>",
-        _panels(sweep, sweep.relative_rate, TARGET_RATE),
+        _picture(sweep, sweep.relative_rate, TARGET_RATE, "Share of the regular shape's rate"),
         _worst(sweep, sweep.relative_rate),
         "<h2>Speed over that of the next regular shape</h2>",
         '<p class="soft">Its time over theirs. Below the line, at 1, padding by hand would be '
         f"faster: {len(slower)} of {len(sweep.asked)} shapes.</p>",
-        _panels(sweep, sweep.relative_speed, 1.0),
+        _picture(sweep, sweep.relative_speed, 1.0, "The regular shape's time over its own"),
         _worst(sweep, sweep.relative_speed),
     ]
     return document("tvm_sepconv sweep", parts)
+
+
+def _picture(sweep: Sweep, measure: Measure, level: float | None, title: str) -> str:
+    return drawing.picture(partial(panels, sweep, measure, level, title), title.split()[-1], title)
 
 
 def _facts(sweep: Sweep) -> str:
@@ -61,67 +67,31 @@ def _facts(sweep: Sweep) -> str:
     return f"<dl>{''.join(rows)}</dl>"
 
 
-def _panels(sweep: Sweep, measure: Measure, level: float | None) -> str:
-    """A panel for each multiplier and stride, all with the same axes; a line for each filters."""
+def panels(sweep: Sweep, measure: Measure, level: float | None, title: str) -> Figure:
+    """A panel for each multiplier and strides, with the same axes; a line for each filters."""
     grid = sweep.grid
-    columns = len(grid.strides)
-    width = (WIDTH - _MARGIN * columns) / columns - 8
-    highest = 1.06 * max([level or 0.0, *(measure(point) for point in sweep.asked)])
-    parts = list(_legend(sweep))
+    rows, columns = len(grid.depth_multipliers), len(grid.strides)
+    made = drawing.figure(1.0 + 2.0 * rows, title, sweep.where)
+    areas = drawing.axes(made, rows, columns, sharex=True, sharey=True)
     cells = itertools.product(grid.depth_multipliers, grid.strides)
-    for number, (multiplier, strides) in enumerate(cells):
-        row, column = divmod(number, columns)
-        left = _MARGIN + column * (width + _MARGIN + 8)
-        top = 46 + row * (_HEIGHT + 2 * _GUTTER)
-        area = Box(left, top, left + width, top + _HEIGHT)
-        x = Axis(0, max(grid.channels) + 1, area.left, area.right)
-        y = Axis(0, highest, area.bottom, area.top)
-        parts += _grid(x, y, area, sweep, level)
-        title = f"multiplier {multiplier}, strides {strides}"
-        parts.append(svg.text(Place(area.left, area.top - 7), title, kind="name"))
-        for series, filters in enumerate(grid.filters):
+    for area, (multiplier, strides) in zip(areas, cells, strict=True):
+        area.set_title(f"multiplier {multiplier}, strides {strides}")
+        for number, filters in enumerate(grid.filters):
             points = [p for p in sweep.asked if p.shape[1:] == (filters, multiplier, strides)]
-            parts += _series(sweep, points, measure, x, y, series)
-    rows = len(grid.depth_multipliers)
-    height = 46 + rows * (_HEIGHT + 2 * _GUTTER)
-    return svg.picture(WIDTH, height, parts, "By channels, for each multiplier and strides")
-
-
-def _legend(sweep: Sweep) -> Iterable[str]:
-    at = _MARGIN
-    for series, filters in enumerate(sweep.grid.filters):
-        yield svg.line(Place(at, 10), Place(at + 22, 10), f"series s{series % 5}")
-        words = f"{filters} filter" + "s" * (filters != 1)
-        yield svg.text(Place(at + 28, 14), words, kind="tick")
-        at += 56 + svg.CHARACTER * len(words)
-
-
-def _grid(x: Axis, y: Axis, area: Box, sweep: Sweep, level: float | None) -> Iterable[str]:
-    for value in ticks(y):
-        at = y.at(value)
-        yield svg.line(Place(area.left, at), Place(area.right, at), "grid")
-        yield svg.text(Place(area.left - 6, at + 4), f"{value:g}", "end", "tick")
-    channels = sweep.grid.channels
-    for value in sorted({channels[0], *range(8, max(channels) + 1, 8)}):
-        at = x.at(value)
-        regular = value % sweep.lanes == 0
-        yield svg.line(
-            Place(at, area.top), Place(at, area.bottom), "regular" if regular else "grid"
-        )
-        yield svg.text(Place(at, area.bottom + 15), f"{value}", "middle", "tick")
-    yield svg.text(Place(area.right, area.bottom + 30), "channels", "end", "tick")
-    if level is not None:
-        yield svg.line(Place(area.left, y.at(level)), Place(area.right, y.at(level)), "limit")
-
-
-def _series(
-    sweep: Sweep, points: list[Point], measure: Measure, x: Axis, y: Axis, series: int
-) -> Iterable[str]:
-    places = [Place(x.at(point.channels), y.at(measure(point))) for point in points]
-    yield svg.polyline(places, f"series s{series % 5}")
-    for place, point in zip(places, points, strict=True):
-        tip = f"{sweep.name(point)}: {us(point.kernel_us)} µs, {point.gflops:.1f} GFLOP/s"
-        yield svg.dot(place, f"p{series % 5}", tip)
+            channels, values = [p.channels for p in points], [measure(p) for p in points]
+            area.plot(channels, values, color=COLOUR[f"c{number % 5}"], linewidth=1.3,
+                      label=f"{filters} filter" + "s" * (filters != 1))  # fmt: skip
+        for whole in range(sweep.lanes, max(grid.channels) + 1, sweep.lanes):
+            area.axvline(whole, color=COLOUR["soft"], linewidth=0.7, zorder=1.5)
+        if level is not None:
+            area.axhline(level, color=COLOUR["lost"], linestyle=(0, (6, 4)), linewidth=1)
+        area.set_xticks(sorted({grid.channels[0], *range(8, max(grid.channels) + 1, 8)}))
+    areas[0].set_ylim(0, 1.06 * max([level or 0.0, *map(measure, sweep.asked)]))
+    made.supxlabel("channels; whole vectors of them at the darker lines", size=8.5,
+                   color=COLOUR["soft"])  # fmt: skip
+    handles, labels = areas[0].get_legend_handles_labels()
+    made.legend(handles, labels, loc="upper right", ncols=5, frameon=False, fontsize=8)
+    return made
 
 
 def _worst(sweep: Sweep, measure: Measure) -> str:

@@ -1,0 +1,1 @@
+"""What tuning found, as a page and as pictures."""
