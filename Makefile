@@ -3,11 +3,12 @@
 #   make demo                      name the speaker in 370 recordings through compiled layers
 #   make test                      the tests; test-all adds the full tables
 #   make check                     lint, format and types
-#   make tune TARGET=x86           search faster kernels on this machine, records into tuning_logs/; also TRIALS=8 MINUTES=10 WORKLOADS=QN-B1,QN-C1
+#   make tune TARGET=x86           search faster kernels, records into tuning_logs/; also TRIALS=8 MINUTES=10 WORKLOADS=QN-B1,CN-* SEED=1 RPC=host:9190 KEY=rpi4
 #   make build TARGET=x86          compile layers of the workload table, with the records there are
 #   make bench                     time beside other frameworks; also WORKLOADS=QN-B1,QN-C1 THREADS=1,2 HTML=page.html JSON=figures.json
 #   make bench-setup               the frameworks, each into an environment of its own in this user's cache
-#   make bench-spaces              let MetaSchedule tune TVM's own space first, to stand in the table; also WORKLOADS=QN-B1 TRIALS=64
+#   make bench-spaces              tune in our design space and in MetaSchedule's own, and compare; also WORKLOADS=QN-B1 TRIALS=16,32,64 JSON=spaces.json
+#   make report                    pages and pictures of what tuning found, into report/
 #   make wheel                     dist/*.whl
 #   make setup                     everything the above need, into .venv (each of them does its own part by itself)
 #   make clean                     remove what the above made
@@ -22,7 +23,7 @@ WORKERS ?= -n auto --dist loadfile
 # anyway, since the tests link with both.
 EXTRAS-demo = compiler,h5
 EXTRAS-bench = compiler,bench
-EXTRAS-tune = compiler,h5,tune
+EXTRAS-tune = compiler,h5,report,tune
 EXTRAS-dev = compiler,cross,dev,h5,test,tune
 COVERS-demo = demo
 COVERS-bench = bench
@@ -32,9 +33,9 @@ ZIG = $(if $(shell command -v cc 2>/dev/null),,$(comma)cross)
 comma := ,
 
 CLI = $(VENV)/bin/tvm-sepconv
-SCOPE = --target $(TARGET) $(if $(WORKLOADS),--workloads $(WORKLOADS))
+SCOPE = --target $(TARGET) $(if $(WORKLOADS),--workloads '$(WORKLOADS)')
 
-.PHONY: setup demo test test-all check tune build bench bench-setup bench-spaces wheel clean
+.PHONY: setup demo test test-all check tune build bench bench-setup bench-spaces report wheel clean
 setup: $(VENV)/.has-dev
 
 demo: $(VENV)/.has-demo
@@ -52,7 +53,7 @@ check: $(VENV)/.has-dev
 	$(VENV)/bin/mypy
 
 tune: $(VENV)/.has-tune
-	$(CLI) tune $(SCOPE) $(if $(TRIALS),--trials $(TRIALS)) $(if $(MINUTES),--minutes $(MINUTES))
+	$(CLI) tune $(SCOPE) $(if $(TRIALS),--trials $(TRIALS)) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(RPC),--rpc $(RPC)) $(if $(KEY),--key $(KEY))
 
 build: $(VENV)/.has-demo
 	$(CLI) build $(SCOPE)
@@ -64,7 +65,10 @@ bench-setup: $(VENV)/.has-bench
 	$(CLI) bench --setup
 
 bench-spaces: $(VENV)/.has-tune
-	$(CLI) bench $(if $(WORKLOADS),'$(WORKLOADS)') --metaschedule $(or $(TRIALS),64) $(if $(THREADS),--threads $(THREADS))
+	$(CLI) bench $(if $(WORKLOADS),'$(WORKLOADS)') --spaces $(or $(TRIALS),16,32,64) $(if $(THREADS),--threads $(THREADS)) $(if $(JSON),--json $(JSON))
+
+report: $(VENV)/.has-tune
+	$(CLI) report --output report
 
 # setuptools packs whatever an earlier build left in build/lib, deleted modules included.
 wheel: $(VENV)/bin/pip
@@ -74,8 +78,13 @@ wheel: $(VENV)/bin/pip
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
+# The tests want PyTorch's CPU build, from its own index where yours has none: the plain wheel draws gigabytes of CUDA.
+TORCH = $(VENV)/bin/pip install --disable-pip-version-check 'torch==2.13.0+cpu'
+AFTER-dev = $(TORCH) || $(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu
+
 $(VENV)/.has-demo $(VENV)/.has-bench $(VENV)/.has-tune $(VENV)/.has-dev: $(VENV)/.has-%: pyproject.toml | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --disable-pip-version-check --editable '.[$(EXTRAS-$*)$(ZIG)]'
+	$(AFTER-$*)
 	touch $(addprefix $(VENV)/.has-,$(COVERS-$*))
 
 $(VENV)/bin/pip:

@@ -262,6 +262,15 @@ def _scratch(config: KernelConfig, tile: int, lanes: int) -> int:
     return L1_BYTES + tile * config.depth_multiplier * channels * _element_bytes(config)
 
 
+def fits(config: KernelConfig, unit: VectorUnit, tiling: Tiling) -> bool:
+    """Whether the scratch of `tiling` takes at most twice what the default allows itself.
+
+    Some machines have 2 MiB of second-level cache.
+    """
+    lanes = unit.lanes(config.accumulation_dtype)
+    return _scratch(config, tiling.step_tile, lanes) <= 2 * SCRATCH_BYTES
+
+
 def legal(config: KernelConfig, unit: VectorUnit, tiling: Tiling) -> bool:
     """Whether the schedule computes whole tiles with `tiling`: no predicate, no spilled register.
 
@@ -290,8 +299,7 @@ def candidates(config: KernelConfig, unit: VectorUnit) -> tuple[Tiling, ...]:
     """Return the design space of a library's long variant: every tiling worth measuring.
 
     Register tiles keep two multiply-add units busy for their latency, depthwise blocks, which
-    wait for their input anyway, one. Scratch may take twice what the default allows itself: some
-    machines have 2 MiB of second-level cache. The default comes first.
+    wait for their input anyway, one. The scratch fits (`fits`). The default comes first.
     """
     lanes = unit.lanes(config.accumulation_dtype)
     last = config.data_format == "channels_last"

@@ -21,9 +21,8 @@ from tvm.s_tir import meta_schedule as ms
 from tvm_sepconv import jit, targets
 from tvm_sepconv.bench.case import Case, check
 from tvm_sepconv.bench.contestants import metaschedule, two_kernel
-from tvm_sepconv.compiler import default_space, plain, static
+from tvm_sepconv.compiler import default_library, default_space, plain, static
 from tvm_sepconv.compiler.baselines import Shape, TwoKernels, depthwise_parts, even_tile
-from tvm_sepconv.compiler.search import Progress
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.workloads import Workload, workloads
 
@@ -231,7 +230,7 @@ def test_metaschedules_candidates_are_the_layer(
     for number, sch in enumerate(candidates(case, 2)):
         entry = tmp_path / str(number)
         entry.mkdir()
-        default_space.write(entry, sch, TARGET, Progress(of=1), {})
+        default_library.write(entry, sch, TARGET, {})
         tuned = default_space.Tuned(entry, kernel, case.weights, 1)
         y = np.full(case.expected.shape, np.nan, np.float32)
         tuned(before_a_hole(case.x), y)
@@ -241,7 +240,7 @@ def test_metaschedules_candidates_are_the_layer(
 def test_layouts_place_every_weight_once() -> None:
     case = Case.of(CASES["copied, multiplied"], "channels_last")
     for sch in candidates(case, 3):
-        tables = {name: table for name, (_, table) in default_space.layouts(sch).items()}
+        tables = {name: table for name, (_, table) in default_library.layouts(sch).items()}
         for table in tables.values():
             assert sorted(table.reshape(-1)) == list(range(table.size))
         pointwise = tables["pointwise"].reshape(-1)
@@ -266,7 +265,7 @@ def test_search_is_kept_and_used(tmp_path: Path) -> None:
     seen: list[int] = []
     kept = metaschedule.tune(case, 1, 3, tmp_path / "work", lambda now: seen.append(now.trials))
     assert seen[-1] == 3
-    description = json.loads((kept / default_space.DESCRIPTION).read_text())
+    description = json.loads((kept / default_library.DESCRIPTION).read_text())
     assert description["trials"] == 3
     assert 0 < description["best_secs"] < 1
     (form,) = metaschedule.prepare(case, 1)
@@ -283,10 +282,10 @@ def entry(place: Path, trials: int, content: bytes) -> Path:
     result = place.parent / "result"
     result.mkdir(exist_ok=True)
     hashes = {}
-    for name in (default_space.LIBRARY, default_space.TABLES):
+    for name in (default_library.LIBRARY, default_library.TABLES):
         (result / name).write_bytes(content)
-        hashes[name] = default_space.bundle.sha256(result / name)
-    (result / default_space.DESCRIPTION).write_text(json.dumps({"sha256": hashes}))
+        hashes[name] = default_library.bundle.sha256(result / name)
+    (result / default_library.DESCRIPTION).write_text(json.dumps({"sha256": hashes}))
     return default_space.keep(result, place, trials)
 
 
@@ -296,10 +295,10 @@ def test_best_is_of_most_trials_and_whole(tmp_path: Path) -> None:
     few, many = entry(place, 9, b"few"), entry(place, 32, b"many")
     assert default_space.best(place) == many
     assert entry(place, 32, b"again") == many
-    assert (many / default_space.LIBRARY).read_bytes() == b"again"
-    (many / default_space.LIBRARY).write_bytes(b"agai")
+    assert (many / default_library.LIBRARY).read_bytes() == b"again"
+    (many / default_library.LIBRARY).write_bytes(b"agai")
     assert default_space.best(place) == few
-    (few / default_space.DESCRIPTION).write_text("[]")
+    (few / default_library.DESCRIPTION).write_text("[]")
     assert default_space.best(place) is None
     assert sorted(p.name for p in place.iterdir()) == ["32", "9"]
 
@@ -307,7 +306,7 @@ def test_best_is_of_most_trials_and_whole(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick")
 def test_wrong_result_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     case = Case.of(SEED, "channels_last")
-    monkeypatch.setattr(default_space, "tune", lambda *args: tmp_path)
+    monkeypatch.setattr(default_space, "tune", lambda *args: (tmp_path, None))
     monkeypatch.setattr(default_space, "Tuned", lambda *args: lambda x, y: y.fill(0))
     with pytest.raises(AssertionError, match="MetaSchedule is not the layer"):
         metaschedule.tune(case, 1, 1, tmp_path, print)

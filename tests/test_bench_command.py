@@ -8,41 +8,29 @@ import re
 from pathlib import Path
 from typing import Any
 
+import command_line
 import numpy as np
 import pytest
 from bench_reports import complete
 from test_bench_sweep import made_up as swept
 
 import tvm_sepconv
-from tvm_sepconv import cli, targets
-from tvm_sepconv.bench import (
-    contest,
-    environments,
-    limits,
-    measure,
-    process,
-    subjects,
-    sweep,
-    table,
-)
+from tvm_sepconv import cli, subjects, targets
+from tvm_sepconv.bench import contest, environments, limits, measure, process, sweep, table
 from tvm_sepconv.bench.case import Case
 from tvm_sepconv.bench.contestants import CONTESTANTS, metaschedule
 from tvm_sepconv.bench.measure import Terms
 from tvm_sepconv.bench.report import BESIDE, OURS, REQUIRED, Report
-from tvm_sepconv.bench.subjects import Subject
 from tvm_sepconv.bench.sweep import Sweep
 from tvm_sepconv.config import SepConvConfig
+from tvm_sepconv.subjects import Subject
 from tvm_sepconv.workloads import select, workloads
 
 OWN = ("--filters", "8", "--kernel-size", "3", "--channels", "4", "--steps", "10")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    assert cli.main(["bench", *arguments]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("tvm-sepconv bench: error: ")
-    assert len(err.splitlines()) == 1, err
-    return err
+    return command_line.refused(capsys, "bench", *arguments)
 
 
 def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Subject], Terms]]:
@@ -74,6 +62,7 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Subject
         (("--peers", "excel"), "`--peers` must be of pytorch, .*, or none. Received: excel"),
         (("QN-B1", *OWN), "IDS name published layers .*Received also: --filters, --kernel-size"),
         (("QN-B1", "--batch", "2"), "Received also: --batch"),
+        (("--workloads", "QN-B1", "--steps", "2"), "IDS name published .*Received also: --steps"),
         (("QN-B1", "--keras", "a.keras"), "Received also: --keras"),
         (("--keras", "a.keras", "--filters", "3"), "brings its layers' .*also: --filters"),
         (("--keras", "a.keras", "--data-format", "channels_last"), "also: --data-format"),
@@ -95,6 +84,10 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[Subject
         (("--from", "a.json", "--sweep"), "also: --sweep"),
         (("SEED", "--sweep"), "`--sweep` has shapes of its own .*also: IDS"),
         (("--sweep", "--metaschedule", "8"), "also: --metaschedule"),
+        (("--calls", "--cold"), "`--calls` measures ours alone.*also: --cold"),
+        (("--calls", "--json", "a.json"), "also: --json"),
+        (("--calls", "--spaces"), "`--spaces` measures two searches .*also: --calls"),
+        (("SEED", "--calls", "--threads", "1,1,2"), "`--calls` takes one number of --threads"),
         (("SEED", "--metaschedule", "0"), "`--metaschedule` must be positive. Received: 0"),
     ],
 )  # fmt: skip
@@ -167,6 +160,16 @@ def test_sweep_is_shown_and_shown_again(
     assert (tmp_path / "b.html").read_text() == page
     assert (tmp_path / "b.json").read_text() == (tmp_path / "a.json").read_text()
     assert capsys.readouterr().out == 2 * swept().text()
+
+
+def test_calls_are_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_measured(monkeypatch)
+    assert cli.main(["bench", "SEED", "--calls"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^SEED +4×10 12→3 k2 s2 +\d", out, re.MULTILINE)
+    assert "Python adds at most" in out
 
 
 def test_wrong_output_in_a_sweep_is_an_error(
@@ -254,9 +257,16 @@ def test_layers_of_a_saved_model_bring_their_weights(monkeypatch: pytest.MonkeyP
         ({"activation": "glu"}, "element-wise activation by name .*activation=glu of a"),
     ],
 )
-def test_layers_that_cannot_be_measured(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Subject("a", SepConvConfig.parse(3, 2, **changes), 4, 1, 9)
+def test_layers_that_cannot_be_measured(
+    changes: dict[str, Any],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = tvm_sepconv.SeparableConv1D(3, 2, name="a", **changes)
+    layer.build((None, None, 4))
+    monkeypatch.setattr("tvm_sepconv.interop.keras.from_keras", lambda path: {"a": layer})
+    assert re.search(message, refused(capsys, "--keras", "a.keras", "--steps", "9"))
 
 
 def test_select_keeps_the_tables_order() -> None:

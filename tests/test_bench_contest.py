@@ -26,9 +26,9 @@ from tvm_sepconv.bench.contestants import CONTESTANTS
 from tvm_sepconv.bench.measure import Terms
 from tvm_sepconv.bench.process import ContestantError, Worker
 from tvm_sepconv.bench.report import OURS, REQUIRED
-from tvm_sepconv.bench.subjects import of_table
 from tvm_sepconv.bench.timing import Samples, Turn
 from tvm_sepconv.bench.worker import ERROR_CHARACTERS, one_line
+from tvm_sepconv.subjects import of_table
 from tvm_sepconv.workloads import workloads
 
 SEED = Case.of(workloads()["SEED"], "channels_last")

@@ -20,9 +20,9 @@ from tvm_sepconv.bench import environments, process
 from tvm_sepconv.bench.case import Case, check
 from tvm_sepconv.bench.contestants import CONTESTANTS, Contestant, dense, onnxruntime, ours, torch
 from tvm_sepconv.bench.process import ContestantError, Worker
-from tvm_sepconv.bench.subjects import Subject
 from tvm_sepconv.bench.worker import Session
 from tvm_sepconv.config import SepConvConfig
+from tvm_sepconv.subjects import Subject
 from tvm_sepconv.workloads import workloads
 
 SEED = workloads()["SEED"]

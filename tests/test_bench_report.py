@@ -168,6 +168,14 @@ def test_peer_that_never_was_right_is_missing_too() -> None:
     assert "Without one of the required peers: SEED" in some
 
 
+def test_a_space_that_nobody_tuned_is_no_failure() -> None:
+    words = {"MetaSchedule": "not tuned: run it"}
+    rows = [dataclasses.replace(one, failures=words) for one in complete().rows]
+    text = table.text(report(*rows))
+    assert "Not measured: MetaSchedule, SEED" in text
+    assert "FAILED" not in text
+
+
 def test_means_of_the_20_and_of_all() -> None:
     one = complete()
     ratios = {r.id: r.ratio or 0.0 for r in one.rows}

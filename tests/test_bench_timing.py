@@ -15,9 +15,9 @@ import pytest
 from tvm_sepconv import reference
 from tvm_sepconv.bench import timing
 from tvm_sepconv.bench.case import Case, check, describe
-from tvm_sepconv.bench.subjects import Subject
 from tvm_sepconv.bench.timing import Turn, aligned_copies, rotating
 from tvm_sepconv.config import SepConvConfig
+from tvm_sepconv.subjects import Subject
 from tvm_sepconv.workloads import workloads
 
 FORMATS = ("channels_last", "channels_first")

@@ -129,8 +129,76 @@ def test_shared_layer_is_read_where_it_is_stored(tmp_path: Path) -> None:
 def test_somebody_elses_class_of_that_name_is_not_ours(tmp_path: Path) -> None:
     config = model(separable("theirs", 5, module="their.package"), separable("ours", 6))
     groups = {"layers/separable_conv1d": weights(5), "layers/separable_conv1d_1": weights(6)}
-    layers = from_keras(write(tmp_path / "m.keras", config, groups))
+    path = write(tmp_path / "m.keras", config, groups)
+    with pytest.warns(UserWarning, match=r"'theirs' is left out: its class their\.package\."):
+        layers = from_keras(path)
     assert {name: layer.config.filters for name, layer in layers.items()} == {"ours": 6}
+
+
+@pytest.mark.parametrize("wrapper", ["TimeDistributed", "Bidirectional", "TheirBlock"])
+def test_layer_inside_another_is_left_out_by_name(wrapper: str, tmp_path: Path) -> None:
+    config = {"name": "outer", "layer": separable("inner")}
+    wrapped = {"module": "keras.layers", "class_name": wrapper, "config": config}
+    groups = {"layers/separable_conv1d": weights()}
+    path = write(tmp_path / "m.keras", model(separable("a"), wrapped), groups)
+    message = f"'inner' is left out: it is inside the {wrapper} layer 'outer'"
+    with pytest.warns(UserWarning, match=message):
+        assert list(from_keras(path)) == ["a"]
+    path = write(tmp_path / "n.keras", model(wrapped), {})
+    with pytest.raises(ValueError, match=f"found no SeparableConv1D .* can read. Layer {message}"):
+        from_keras(path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        pytest.param({"activation": "theirs>wave"}, "theirs>wave", id="custom activation"),
+        pytest.param({"kernel_rank": 2}, "kernel_rank", id="argument of a newer Keras"),
+        pytest.param({"dtype": "float8"}, "float8", id="dtype"),
+        pytest.param({"filters": None}, "filters", id="no filters"),
+    ],
+)
+def test_layer_with_what_is_not_known_is_left_out_by_name(
+    arguments: dict[str, Any], word: str, tmp_path: Path
+) -> None:
+    strange = separable("strange")
+    strange["config"].update(arguments)
+    groups = {"layers/separable_conv1d": weights(), "layers/separable_conv1d_1": weights()}
+    path = write(tmp_path / "m.keras", model(strange, separable("a")), groups)
+    with pytest.warns(UserWarning, match=f"'strange' is left out: .*{word}"):
+        assert list(from_keras(path)) == ["a"]
+
+
+def test_custom_objects_that_matter_in_training_only_are_left_away(tmp_path: Path) -> None:
+    entry = separable("a")
+    theirs = {"module": "their", "class_name": "L0", "config": {}, "registered_name": "their>L0"}
+    entry["config"] |= {"bias_regularizer": theirs, "depthwise_constraint": "non_neg"}
+    path = write(tmp_path / "m.keras", model(entry), {"layers/separable_conv1d": weights()})
+    with pytest.warns(UserWarning, match="'a' is read without its `bias_regularizer`.*their>L0"):
+        (layer,) = from_keras(path).values()
+    assert layer.config.bias_regularizer is None
+    assert layer.config.depthwise_constraint is not None
+
+
+def test_layer_of_this_package_is_read(tmp_path: Path) -> None:
+    entry = separable("a", module="tvm_sepconv.interop.keras")
+    entry["registered_name"] = "tvm_sepconv>SeparableConv1D"
+    path = write(tmp_path / "m.keras", model(entry), {"layers/separable_conv1d": weights()})
+    assert list(from_keras(path)) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "group",
+    [
+        pytest.param("layers/a", id="by layer name"),
+        pytest.param("_layer_checkpoint_dependencies/separable_conv1d", id="TF-Keras 2.13"),
+    ],
+)
+def test_other_layouts_of_the_weights(group: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.keras", model(separable("a")), {group: weights()})
+    (layer,) = from_keras(path).values()
+    for got, expected in zip(layer.get_weights(), weights(), strict=True):
+        np.testing.assert_array_equal(got, expected)
 
 
 def test_layers_without_weights_are_listed_too(tmp_path: Path) -> None:
@@ -234,7 +302,7 @@ def test_what_leads_out_of_the_file_is_refused(
 
 
 def test_no_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"`path` must be a .keras file.*gone.keras"):
+    with pytest.raises(FileNotFoundError, match=r"`path` must be a .keras or .h5 file.*gone.keras"):
         from_keras(tmp_path / "gone.keras")
 
 
@@ -244,12 +312,12 @@ def test_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"PK", b"\x89HDF\r\n\x1a\n legacy", b"{}"], ids=["empty", "stub", "h5", "json"]
+    "content", [b"", b"PK", b"\x89PNG\r\n\x1a\n", b"{}"], ids=["empty", "stub", "png", "json"]
 )
 def test_not_a_keras_file(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "m.keras"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"something else\. A legacy \.h5 model"):
+    with pytest.raises(ValueError, match=r"file of Keras: .* but it is something else"):
         from_keras(path)
 
 
@@ -286,7 +354,7 @@ def test_zip_without(member: str, tmp_path: Path) -> None:
     ids=["list", "empty", "null", "layer without class", "list of layers"],
 )
 def test_config_of_something_else(config: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"its config\.json does not describe a model"):
+    with pytest.raises(ValueError, match="its config does not describe a model"):
         from_keras(write(tmp_path / "m.keras", config, {}))
 
 
@@ -297,6 +365,16 @@ def test_config_that_is_no_json(tmp_path: Path) -> None:
         archive.writestr("model.weights.h5", "")
     with pytest.raises(ValueError, match="truncated or damaged"):
         from_keras(path)
+
+
+def test_newer_keras_is_named_where_its_file_is_not_understood(one_layer: Path) -> None:
+    edit_weights(one_layer, lambda file: file.move("layers", "tensors"))
+    with zipfile.ZipFile(one_layer, "a") as archive:
+        archive.writestr("metadata.json", json.dumps({"keras_version": "4.2.0"}))
+    with pytest.raises(
+        ValueError, match=r"no weights.* written by Keras 4\.2\.0, newer than 3\.15"
+    ):
+        from_keras(one_layer)
 
 
 def test_weights_that_are_no_hdf5(tmp_path: Path) -> None:

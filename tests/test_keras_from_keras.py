@@ -96,7 +96,10 @@ def randomize(model: Any, rng: np.random.Generator) -> None:
 def check(model: Any, path: Path) -> None:
     """Save, read back, compare names, order, configs and weights."""
     model.save(path)
-    ours = from_keras(path)
+    check_layers(model, from_keras(path))
+
+
+def check_layers(model: Any, ours: Any) -> None:
     expected = dict(separable_layers(model))
     short = [name.rpartition("/")[2] for name in expected]
     keys = [s if short.count(s) == 1 else n for n, s in zip(expected, short, strict=True)]
@@ -118,6 +121,9 @@ def test_random_nested_model(seed: int, tmp_path: Path) -> None:
     model = keras.Model(inputs, own(random_model(rng, depth=2)(inputs)))
     randomize(model, rng)
     check(model, tmp_path / "model.keras")
+    check(model, tmp_path / "model.h5")
+    model.save_weights(tmp_path / "model.weights.h5")
+    check_layers(model, from_keras(tmp_path / "model.weights.h5", config=model.to_json()))
 
 
 def test_more_than_one_of_a_class_at_two_depths(tmp_path: Path) -> None:
@@ -136,12 +142,13 @@ def test_more_than_one_of_a_class_at_two_depths(tmp_path: Path) -> None:
     ]
 
 
-def test_wrapped_layer(tmp_path: Path) -> None:
+def test_wrapped_layer_is_left_out(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    wrapped = layers.TimeDistributed(random_separable(rng))
+    wrapped = layers.TimeDistributed(random_separable(rng, name="inside"))
     model = keras.Sequential([keras.Input((3, 9, CHANNELS)), wrapped])
-    randomize(model, rng)
-    check(model, tmp_path / "model.keras")
+    model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="'inside' is left out: it is inside the TimeDistributed"):
+        from_keras(tmp_path / "model.keras")
 
 
 def test_layer_shared_by_two_models_is_read_once(tmp_path: Path) -> None:
@@ -155,6 +162,33 @@ def test_layer_shared_by_two_models_is_read_once(tmp_path: Path) -> None:
     ours = from_keras(tmp_path / "model.keras")
     assert list(ours) == ["shared", inner.layers[1].name]
     for got, weights in zip(ours["shared"].get_weights(), shared.get_weights(), strict=True):
+        np.testing.assert_array_equal(got, weights)
+
+
+def test_copies_of_a_shared_layer_in_a_legacy_file_are_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    shared = random_separable(rng, name="shared")
+    x = keras.Input((None, CHANNELS))
+    inner = keras.Sequential([keras.Input((None, CHANNELS)), shared], name="inner")
+    model = keras.Model(x, inner(shared(x)))
+    model.save(tmp_path / "model.h5")
+    ours = from_keras(tmp_path / "model.h5")
+    assert list(ours) == ["shared"]
+    for got, weights in zip(ours["shared"].get_weights(), shared.get_weights(), strict=True):
+        np.testing.assert_array_equal(got, weights)
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("policy", ["float16", "mixed_float16", "mixed_bfloat16", "bfloat16"])
+def test_policies(policy: str, suffix: str, tmp_path: Path) -> None:
+    layer = layers.SeparableConv1D(3, 2, dtype=policy)
+    other = layers.SeparableConv1D(3, 2, name="other")
+    model = keras.Sequential([keras.Input((9, CHANNELS)), layer, other])
+    model.save(tmp_path / f"model{suffix}")
+    ours = from_keras(tmp_path / f"model{suffix}")
+    assert [own.config.dtype for own in ours.values()] == [policy, "float32"]
+    for got, weights in zip(ours[layer.name].get_weights(), layer.get_weights(), strict=True):
+        assert got.dtype == weights.dtype
         np.testing.assert_array_equal(got, weights)
 
 

@@ -127,7 +127,8 @@ def check_commands(bundle: Path) -> None:
     script = Path(sys.prefix) / "bin" / "tvm-sepconv"
     assert "inspect" in _run(script, "--help")
     assert "float32" in _run(script, "inspect", bundle)
-    print("tvm-sepconv: --help, inspect")
+    assert "right" in _run(script, "verify", bundle)
+    print("tvm-sepconv: --help, inspect, verify")
 
 
 def _run(*command: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from tvm_sepconv.bundle import BundleError
@@ -14,6 +15,8 @@ from tvm_sepconv.saving import load, save
 
 if TYPE_CHECKING:
     from tvm_sepconv.interop.keras import from_keras
+    from tvm_sepconv.interop.onnx import from_onnx
+    from tvm_sepconv.interop.torch import from_torch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +25,8 @@ __all__ = [
     "SepConvConfig",
     "SeparableConv1D",
     "from_keras",
+    "from_onnx",
+    "from_torch",
     "layer_separable_conv_1d",
     "load",
     "num_threads",
@@ -30,9 +35,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "from_keras":  # reads files of another package: imported when it is asked for
-        from tvm_sepconv.interop.keras import from_keras
+# These read files and models of other packages: imported when they are asked for.
+_READERS = {"from_keras": "keras", "from_onnx": "onnx", "from_torch": "torch"}
 
-        return from_keras
+
+def __getattr__(name: str) -> Any:
+    if name in _READERS:
+        return getattr(importlib.import_module(f"tvm_sepconv.interop.{_READERS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,9 +9,32 @@ from collections.abc import Sequence
 
 from tvm_sepconv.bench import command as bench
 from tvm_sepconv.bundle import BundleError
-from tvm_sepconv.commands import build, inspect, tune
+from tvm_sepconv.commands import (
+    build,
+    cache,
+    deploy,
+    doctor,
+    inspect,
+    logs,
+    report,
+    run,
+    tune,
+    verify,
+)
 
-COMMANDS = {"tune": tune, "build": build, "bench": bench, "inspect": inspect}
+COMMANDS = {
+    "tune": tune,
+    "build": build,
+    "bench": bench,
+    "inspect": inspect,
+    "run": run,
+    "verify": verify,
+    "deploy": deploy,
+    "logs": logs,
+    "report": report,
+    "cache": cache,
+    "doctor": doctor,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -63,7 +63,7 @@ def cpu_features() -> frozenset[str]:
         flag for key, _, flags in lines if key.strip() in ("flags", "Features")
         for flag in flags.split()
     )  # fmt: skip
-    # Every core with 64-bit "asimd" has these for 32-bit programs, to which the kernel may not say so.
+    # Every core with 64-bit "asimd" has these for 32-bit programs, which may not be told so.
     return found | {"neon", "vfpv4"} if machine() == "armv7" and "asimd" in found else found
 
 

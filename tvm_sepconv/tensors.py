@@ -53,6 +53,15 @@ def _from_dlpack(value: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
             f"DLPack device type {int(device)}, index {index}; move it to the CPU first"
         )
     back = way_back(value)
+    if _is_lazily_negated(value):
+        if name == "out":
+            raise ValueError(
+                "The `out` argument must be plain memory. Received: a tensor that torch negates "
+                "when it is read (`is_neg()`), such as `z.conj().imag`; pass an empty one"
+            )
+        value = value.resolve_neg()
+    if hasattr(value, "resolve_conj"):  # complex numbers: refused later, by their dtype
+        value = value.resolve_conj()
     if getattr(value, "requires_grad", False):
         value = value.detach()  # inference: torch exports no tensor that still records gradients
     try:
@@ -75,6 +84,8 @@ def way_back(value: Any) -> Callable[[Array], Any]:
     """Return the `from_dlpack` of the framework that `value` is from."""
     if isinstance(value, np.ndarray):  # a subclass of it: outputs are plain arrays
         return lambda y: y
+    if type(value).__module__ == "torch":  # half the time of its from_dlpack
+        return sys.modules["torch"].from_numpy  # type: ignore[no-any-return]
     if hasattr(value, "__array_namespace__"):
         return value.__array_namespace__().from_dlpack  # type: ignore[no-any-return]
     root = sys.modules[type(value).__module__.partition(".")[0]]
@@ -85,10 +96,16 @@ def way_back(value: Any) -> Callable[[Array], Any]:
     return lambda y: y
 
 
+def _is_lazily_negated(value: Any) -> bool:
+    """Whether `value` is a view that torch negates when it reads it: DLPack knows no such thing."""
+    is_neg = getattr(value, "is_neg", None)
+    return is_neg is not None and bool(is_neg())
+
+
 def shape_of(value: Any) -> tuple[int, ...]:
-    """Return the shape of a tensor that speaks DLPack and has one in Python, else ()."""
+    """Return the shape of a tensor whose memory DLPack exports as it is, else ()."""
     shape = getattr(value, "shape", None) if hasattr(value, "__dlpack__") else None
-    return shape if isinstance(shape, tuple) else ()
+    return shape if isinstance(shape, tuple) and not _is_lazily_negated(value) else ()
 
 
 def writable(out: Any) -> Any:
@@ -99,10 +116,10 @@ def writable(out: Any) -> Any:
     TypeError, ValueError, BufferError or RuntimeError
         If its memory is not exported as it is.
     """
+    if type(out).__module__ == "torch":  # none of its tensors is read-only: no need to ask NumPy
+        return None if _is_lazily_negated(out) else out
     if not hasattr(out, "__dlpack__") or is_immutable(out):
         return None
-    if type(out).__module__ == "torch":  # none of its tensors is read-only: no need to ask NumPy
-        return out
     array = np.from_dlpack(out)
     return array if array.flags.writeable else None
 

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -80,7 +81,8 @@ def measure(
 def _row(subject: Subject, target: str, threads: int) -> Calls:
     case = Case.of_subject(subject, target)
     (prepared,) = ours.prepare(case, 1)
-    layer, kernel = prepared.call, prepared.kernel
+    layer: Callable[..., Any] = prepared.call
+    kernel = prepared.kernel
     assert kernel is not None  # ours has one
     (x,), (out,) = aligned_copies(case.x, 1), aligned_copies(case.expected.astype(np.float32), 1)
     out.fill(np.nan)

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tvm_sepconv import reference
-from tvm_sepconv.bench.subjects import Subject, of_workload
 from tvm_sepconv.config import SepConvConfig
+from tvm_sepconv.subjects import Subject, of_workload
 from tvm_sepconv.workloads import Workload
 
 Array = npt.NDArray[Any]

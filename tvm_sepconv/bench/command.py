@@ -11,12 +11,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tvm_sepconv.bench import environments, measure, page, selection, sweep, sweep_page, table
+from tvm_sepconv import selection as layers
+from tvm_sepconv.bench import (
+    calls,
+    environments,
+    machine,
+    measure,
+    page,
+    selection,
+    spaces,
+    sweep,
+    sweep_page,
+    table,
+)
 from tvm_sepconv.bench.case import Case
 from tvm_sepconv.bench.contestants import CONTESTANTS
 from tvm_sepconv.bench.report import OURS, Report
-from tvm_sepconv.bench.subjects import Subject
+from tvm_sepconv.bench.spaces import Spaces
 from tvm_sepconv.bench.sweep import Sweep
+from tvm_sepconv.subjects import Subject
 
 if TYPE_CHECKING:
     from tvm_sepconv.compiler.search import Progress
@@ -33,25 +46,11 @@ DESCRIPTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument(
-        "workloads", nargs="*", metavar="IDS",
-        help="of published layers, or patterns: QN-B1,CN-*; default: all",
-    )  # fmt: skip
-    own = parser.add_argument_group("a layer of one's own, by Keras's arguments")
-    for name in ("filters", "kernel-size", "strides", "dilation-rate", "depth-multiplier"):
-        own.add_argument(f"--{name}", type=int, metavar="N")
-    own.add_argument("--padding", metavar="P", help="valid, same, or zeros on both sides: 32,0")
-    own.add_argument("--activation", metavar="A", help="by its Keras name; default: linear")
-    own.add_argument("--channels", type=int, metavar="N", help="of the input")
-    saved = parser.add_argument_group("layers of a saved model")
-    saved.add_argument("--keras", type=Path, metavar="FILE", help="a .keras file")
-    own.add_argument("--steps", type=int, metavar="N", help="of the input; also for --keras")
-    own.add_argument("--batch", type=int, metavar="N", help="default: 1; also for --keras")
+    layers.add_arguments(parser, "all")
     how = parser.add_argument_group("how to measure")
     how.add_argument(
         "--threads", default="1", metavar="N", help="everybody's; 1,2 makes two reports"
     )
-    how.add_argument("--data-format", choices=selection.FORMATS, help="default: channels_last")
     how.add_argument("--target", metavar="ISA", help="of ours; default: this machine's best")
     how.add_argument("--cold", action="store_true", help="inputs and outputs from memory")
     keys = ", ".join(c.key for c in CONTESTANTS if c.name != OURS)
@@ -64,6 +63,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--sweep", action="store_true",
         help="measure instead every number of channels from 1 to 33: is there a cliff?",
+    )  # fmt: skip
+    how.add_argument(
+        "--calls", action="store_true",
+        help="measure instead our own calls alone: what Python adds to a kernel, and how much "
+        "faster --threads N are than one",
+    )  # fmt: skip
+    how.add_argument(
+        "--spaces", nargs="?", const=spaces.COUNTS, metavar="TRIALS",
+        help="measure instead what our design space and MetaSchedule's own find in so many trials; "
+        f"without a number {spaces.COUNTS}; 20 minutes for the layers without IDS, "
+        + ", ".join(spaces.LAYERS),
     )  # fmt: skip
     _add_files(parser)
 
@@ -104,6 +114,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.sweep:
             _show(sweep.measure_sweep(target, _command(), _progress), options.json, options.html)
+        elif options.spaces is not None:
+            _compare_spaces(options, target)
+        elif options.calls:
+            _measure_calls(options, target)
         else:
             _measure(options, target)
     except AssertionError as error:  # an output of ours: nothing is timed that is wrong
@@ -125,6 +139,21 @@ def _measure(options: argparse.Namespace, target: str) -> None:
         _show(report, *files)
 
 
+def _compare_spaces(options: argparse.Namespace, target: str) -> None:
+    subjects = selection.chosen_subjects(options, spaces.LAYERS)
+    counts = selection.trial_counts(options.spaces)
+    threads = selection.thread_count("--spaces", options.threads)
+    found = spaces.measure_spaces(subjects, target, threads, counts, _command(), _progress)
+    _show(found, options.json, None)
+
+
+def _measure_calls(options: argparse.Namespace, target: str) -> None:
+    subjects = selection.chosen_subjects(options)
+    threads = selection.thread_count("--calls", options.threads)
+    rows = calls.measure(subjects, target, threads, _progress)
+    print(f"{machine.where(threads)}\n$ {_command()}\n\n{calls.summary(rows, threads)}")
+
+
 def _tune(subjects: Sequence[Subject], target: str, threads: int, trials: int) -> None:
     """Let MetaSchedule search its own space for each subject, for its place in the table."""
     from tvm_sepconv.bench.contestants import metaschedule
@@ -141,12 +170,14 @@ def _tune(subjects: Sequence[Subject], target: str, threads: int, trials: int) -
     _progress("")
 
 
-def _show(result: Report | Sweep, json_file: Path | None, html_file: Path | None) -> None:
-    print(result.text() if isinstance(result, Sweep) else table.text(result), end="", flush=True)
+def _show(result: Report | Sweep | Spaces, json_file: Path | None, html_file: Path | None) -> None:
+    print(table.text(result) if isinstance(result, Report) else result.text(), end="", flush=True)
     if json_file is not None:
         text = json.dumps(result.to_dict(), indent=1, ensure_ascii=False)
         json_file.write_text(text + "\n", encoding="utf-8")
     if html_file is not None:
+        if isinstance(result, Spaces):
+            raise ValueError("`--html` has no page for --spaces: its figures go to --json")
         made = sweep_page.html(result) if isinstance(result, Sweep) else page.html(result)
         html_file.write_text(made, encoding="utf-8")
 
@@ -155,13 +186,15 @@ def _numbered(path: Path | None, threads: int) -> Path | None:
     return None if path is None else path.with_stem(f"{path.stem}-{threads}")
 
 
-def _read(path: Path) -> Report | Sweep:
+def _read(path: Path) -> Report | Sweep | Spaces:
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"`--from` must name what --json wrote. {path}: {error}") from error
     if not isinstance(plain, dict):
         raise ValueError(f"`--from` must name what --json wrote. {path} holds no report")
+    if "spaces_format" in plain:
+        return Spaces.from_dict(plain)
     return Sweep.from_dict(plain) if "sweep_format" in plain else Report.from_dict(plain)
 
 
@@ -175,3 +208,5 @@ def _progress(text: str) -> None:
         print(f"\r\033[K{text[:100]}", end="", file=sys.stderr, flush=True)
     elif text.endswith("the reference"):  # a line a row is enough for a log
         print(text.partition(":")[0], file=sys.stderr, flush=True)
+    elif text.endswith(" space"):  # … and one a search, which takes minutes
+        print(text, file=sys.stderr, flush=True)

@@ -14,7 +14,7 @@ from tvm_sepconv.bench.case import Case, describe
 from tvm_sepconv.bench.contestants import CONTESTANTS, Contestant
 from tvm_sepconv.bench.process import ContestantError, Worker, workers
 from tvm_sepconv.bench.report import OURS, Report, Row
-from tvm_sepconv.bench.subjects import Subject
+from tvm_sepconv.subjects import Subject
 
 COLD_CACHES = 2  # inputs and outputs that calls go through exceed the largest cache so many times
 

@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-from tvm_sepconv import targets
-from tvm_sepconv.bench import process, subjects
+from tvm_sepconv import activations, selection, targets
+from tvm_sepconv.bench import process
 from tvm_sepconv.bench.contestants import CONTESTANTS
 from tvm_sepconv.bench.report import OURS
-from tvm_sepconv.bench.subjects import Subject
-
-FORMATS = ("channels_last", "channels_first")
-# Arguments of the layer, as Keras has them; the first two are needed for a layer of one's own.
-_LAYER = ("filters", "kernel_size", "strides", "dilation_rate", "depth_multiplier", "padding",
-          "activation")  # fmt: skip
-_MEASURING = (*_LAYER, "channels", "steps", "batch", "keras", "data_format", "cold", "peers",
-              "metaschedule")  # fmt: skip
-
-
-def _given(options: argparse.Namespace, names: Iterable[str]) -> list[str]:
-    """Those of the options that are there, as they are written."""
-    return [f"--{n.replace('_', '-')}" for n in names if getattr(options, n) not in (None, False)]
+from tvm_sepconv.selection import given, refuse
+from tvm_sepconv.subjects import Subject
 
 
 def check(options: argparse.Namespace) -> None:
@@ -32,19 +21,27 @@ def check(options: argparse.Namespace) -> None:
     ValueError
         Naming them.
     """
-    measuring = ["IDS"] * bool(options.workloads) + _given(options, _MEASURING)
+    measuring = selection.given_layers(options)
+    measuring += given(options, ("cold", "peers", "metaschedule"))
     measuring += ["--threads"] * (options.threads != "1")
-    files, kinds = _given(options, ("json", "html")), _given(options, ("target",))
+    files, kinds = given(options, ("json", "html")), given(options, ("target",))
     source = ["--from"] * (options.source is not None)
-    sweep = ["--sweep"] * bool(options.sweep)
+    sweep = given(options, ("sweep", "spaces", "calls"))
     if options.setup is not None:
         others = [*measuring, *kinds, *files, *source, *sweep]
-        _refuse("`--setup` measures nothing and goes alone", others)
+        refuse("`--setup` measures nothing and goes alone", others)
     if options.source is not None:
         others = [*measuring, *kinds, *sweep]
-        _refuse("`--from` shows an earlier run and takes --json and --html only", others)
+        refuse("`--from` shows an earlier run and takes --json and --html only", others)
     if options.sweep:
-        _refuse("`--sweep` has shapes of its own and takes --target, --json, --html", measuring)
+        others = [*measuring, *sweep[1:]]
+        refuse("`--sweep` has shapes of its own and takes --target, --json, --html", others)
+    if options.spaces is not None:
+        contest = given(options, ("cold", "peers", "metaschedule", "html", "calls"))
+        refuse("`--spaces` measures two searches and nobody else", contest)
+    if options.calls:
+        contest = given(options, ("cold", "peers", "metaschedule", "html", "json"))
+        refuse("`--calls` measures ours alone, warm, and prints what it finds", contest)
     for name in ("json", "html"):
         path = getattr(options, name)
         if path is not None and not path.parent.is_dir():
@@ -53,58 +50,29 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"`--metaschedule` must be positive. Received: {options.metaschedule}")
 
 
-def _refuse(reason: str, *unwanted: Sequence[str]) -> None:
-    if words := [word for part in unwanted for word in part]:
-        raise ValueError(f"{reason}. Received also: {', '.join(words)}")
-
-
-def chosen_subjects(options: argparse.Namespace) -> list[Subject]:
-    """Return the layers to be measured.
+def chosen_subjects(options: argparse.Namespace, default: Sequence[str] = ()) -> list[Subject]:
+    """Return the layers to be measured: without a choice those of `default`, or else all.
 
     Raises
     ------
     ValueError
-        If none can be made of the options, or they name layers in two ways.
+        If none can be made of the options, they name layers in two ways, or one computes in another
+        dtype than float32 or has an activation that mixes channels or steps.
     """
-    layer, sizes = _given(options, (*_LAYER, "channels")), _given(options, ("steps", "batch"))
-    data_format = options.data_format or FORMATS[0]
-    if options.workloads:
-        keras = _given(options, ("keras",))
-        _refuse("IDS name published layers with their inputs", layer, sizes, keras)
-    if options.keras is not None:
-        _refuse("`--keras` brings its layers' arguments", layer, _given(options, ("data_format",)))
-        if options.steps is None:
-            raise ValueError("`--keras` needs --steps, those of each layer's input")
-        return subjects.of_keras(options.keras, options.steps, _batch(options))
-    if layer or sizes:
-        return [_own(options, data_format)]
-    return subjects.of_table(options.workloads, data_format)
-
-
-def _own(options: argparse.Namespace, data_format: str) -> Subject:
-    needed = ("filters", "kernel_size", "channels", "steps")
-    missing = [f"--{n.replace('_', '-')}" for n in needed if getattr(options, n) is None]
-    if missing:
-        raise ValueError(f"A layer of one's own needs {', '.join(missing)} too")
-    layer = {name: getattr(options, name) for name in _LAYER}
-    layer = {name: value for name, value in layer.items() if value is not None}
-    if "," in layer.get("padding", ""):
-        layer["padding"] = _pair(layer["padding"])
-    layer["data_format"] = data_format
-    return subjects.of_arguments(layer, options.channels, options.steps, _batch(options))
-
-
-def _pair(text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise ValueError(
-            f"`--padding` must be valid, same or two numbers of zeros: 32,0. Received: {text}"
-        ) from None
-
-
-def _batch(options: argparse.Namespace) -> int:
-    return 1 if options.batch is None else int(options.batch)
+    chosen = selection.chosen(options, default)
+    for subject in chosen:
+        config = subject.config
+        if config.compute_dtype != "float32":
+            raise ValueError(
+                "Only layers that compute in float32 are measured. "
+                f"Received: dtype={config.dtype} of {subject.id}"
+            )
+        if activations.name_of(config.activation) not in activations.ELEMENTWISE:
+            raise ValueError(
+                "Only layers with an element-wise activation by name are measured. Received: "
+                f"activation={activations.serialize(config.activation)} of {subject.id}"
+            )
+    return chosen
 
 
 def thread_counts(text: str) -> list[int]:
@@ -122,6 +90,34 @@ def thread_counts(text: str) -> list[int]:
     for count in counts:
         process.processors(count)  # refuses more than there are before anything is measured
     return counts
+
+
+def thread_count(option: str, text: str) -> int:
+    """Return the one number in `text`.
+
+    Raises
+    ------
+    ValueError
+        If there are several: `option` measures one; and as `thread_counts` does.
+    """
+    threads, *more = thread_counts(text)
+    if more:
+        raise ValueError(f"`{option}` takes one number of --threads. Received: {text}")
+    return threads
+
+
+def trial_counts(text: str) -> list[int]:
+    """Return the numbers in ``16,32,64``, rising.
+
+    Raises
+    ------
+    ValueError
+        If one is none, or leaves no trial beside the default's.
+    """
+    words = text.split(",")
+    if not all(word.isdecimal() and int(word) > 1 for word in words):
+        raise ValueError(f"`--spaces` must be numbers of at least 2: 16,32,64. Received: {text}")
+    return sorted(set(map(int, words)))
 
 
 def target(name: str | None) -> str:

@@ -25,10 +25,10 @@ from tvm_sepconv import bundle, jit, runtime
 from tvm_sepconv.bench import machine
 from tvm_sepconv.bench.case import Case, check
 from tvm_sepconv.bench.limits import Peak
-from tvm_sepconv.bench.subjects import Subject
 from tvm_sepconv.bench.timing import interleave
 from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.kernel_config import KernelConfig
+from tvm_sepconv.subjects import Subject
 
 FORMAT = 1  # of the JSON; others are refused
 TARGET_RATE = 0.6  # of the next regular shape's

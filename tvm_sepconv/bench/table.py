@@ -153,7 +153,8 @@ def absences(report: Report) -> Iterable[str]:
         for name, why in row.failures.items()
     )
     for (name, why), ids in words.items():
-        yield f"FAILED {name}, {', '.join(ids)}: {why}"
+        head = "Not measured:" if why.startswith("not tuned") else "FAILED"
+        yield f"{head} {name}, {', '.join(ids)}: {why}"
 
 
 def forms(report: Report) -> Iterable[str]:

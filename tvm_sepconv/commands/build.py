@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tvm_sepconv import bundle, jit, targets
+from tvm_sepconv import bundle, jit, selection, subjects, targets
 from tvm_sepconv.commands import scope
 from tvm_sepconv.commands.inspect import origins
 
@@ -15,11 +15,12 @@ DESCRIPTION = (
     "of the same shape find them. To save a layer with its weights use Python: `layer.save(path)`, "
     "or `tvm_sepconv.save(tvm_sepconv.from_keras(file), path)`."
 )
-EPILOG = scope.EPILOG
+EPILOG = None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
+    selection.add_ids(parser, ",".join(scope.DEFAULT_WORKLOADS))
     scope.add_arguments(parser)
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="write DIR/<target>/<layer>.so and the runtime "
@@ -36,19 +37,20 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.output is None and target.partition("@")[0] not in targets.runnable():
         raise ValueError(f"This machine cannot run {target}: name a folder for it with --output")
-    kernels = scope.select(options.workloads)
+    named = selection.ids(options) or scope.DEFAULT_WORKLOADS
+    kernels = scope.kernels(subjects.of_table(named, selection.FORMATS[0]))
     scope.use_logs(options.logs)
     build = jit.compiler("tvm_sepconv.compiler.build")
     chosen = jit.compiler("tvm_sepconv.compiler.targets").cpu(target)
     if options.output is not None:
         (options.output / target).mkdir(parents=True, exist_ok=True)
         build.build_runtime(chosen, options.output / target / bundle.RUNTIME)
-    for workload, config in kernels:
+    for subject, config in kernels:
         variants = build.variants(config, chosen)
         if options.output is None:
             path, _ = jit.library(config, target)
         else:
             path = options.output / target / f"{config.key}.so"
             build.build_library(config, chosen, path, variants)
-        print(f"{workload.id}: {origins([v.to_dict() for v in variants])}; {path}", flush=True)
+        print(f"{subject.id}: {origins([v.to_dict() for v in variants])}; {path}", flush=True)
     return 0

@@ -1,45 +1,45 @@
-"""What subcommands have in common: which layers, for which target, with which records."""
+"""What subcommands have in common: for which target, with which records, which kernels."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 
-from tvm_sepconv import targets, workloads
-from tvm_sepconv.config import KernelConfig
-from tvm_sepconv.workloads import Workload
+from tvm_sepconv import jit, targets
+from tvm_sepconv.kernel_config import KernelConfig
+from tvm_sepconv.subjects import Subject
 
 # One layer each of the sizes that differ most: many taps, few steps, small.
-DEFAULT_WORKLOADS = "QN-B1,CN-21,MB-1"
-EPILOG = "Layers are named by id in the table of published layers, or by pattern: QN-B1,CN-*"
+DEFAULT_WORKLOADS = ("QN-B1", "CN-21", "MB-1")
 NO_CUDA = (
     "is not part of this version yet: of CUDA it has the schedule and the source code it makes"
 )
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the options that say what a command works on."""
+    """Add the options that say what a command works for and with."""
     best = "this machine's best"
     command.add_argument(
         "--target", metavar="T", help=f"such as x86 ({best}), x86_64-avx2, arm; default: {best}"
-    )
-    command.add_argument(
-        "--workloads", default=DEFAULT_WORKLOADS, metavar="IDS", help="default: %(default)s"
     )
     command.add_argument(
         "--logs", metavar="DIR", help="look for records here first, and write them here"
     )
 
 
-def select(patterns: str) -> list[tuple[Workload, KernelConfig]]:
-    """Return the layers that ids or patterns name, a kernel once."""
-    result: dict[KernelConfig, Workload] = {}
-    for workload in workloads.select([patterns]):
-        config = workload.config().kernel_config(workload.channels)
+def kernels(subjects: Iterable[Subject]) -> list[tuple[Subject, KernelConfig]]:
+    """Return the layers with what their kernels depend on, a kernel once."""
+    result: dict[KernelConfig, Subject] = {}
+    for subject in subjects:
+        config = subject.config.kernel_config(subject.channels)
         if config in result:
-            print(f"{workload.id} is left out: it has the kernel of {result[config].id}")
-        result.setdefault(config, workload)
-    return [(workload, config) for config, workload in result.items()]
+            text = f"{subject.id} is left out: it has the kernel of {result[config].id}"
+            print(text, file=sys.stderr)
+        result.setdefault(config, subject)
+    return [(subject, config) for config, subject in result.items()]
 
 
 def target(name: str | None) -> str:
@@ -61,3 +61,9 @@ def use_logs(folder: str | None) -> None:
     if folder is not None:
         others = os.environ.get("TVM_SEPCONV_LOGS")
         os.environ["TVM_SEPCONV_LOGS"] = os.pathsep.join(filter(None, [folder, others]))
+
+
+def work_dir() -> Path:
+    """Return where searches leave what they leave: work/ of a checkout, else of the cache."""
+    root: Path | None = jit.compiler("tvm_sepconv.compiler.logs").checkout()
+    return (root or jit.cache_root()) / "work"

@@ -4,47 +4,149 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import signal
-import threading
+import json
+import math
+import os
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from types import FrameType
+from typing import Any, TextIO
 
-from tvm_sepconv import gpu, jit, targets
+from tvm_sepconv import display, gpu, jit, selection, targets
+from tvm_sepconv.bench import limits, timing
 from tvm_sepconv.commands import scope
-from tvm_sepconv.display import display, summary
+from tvm_sepconv.display import Display
+from tvm_sepconv.kernel_config import KernelConfig
+from tvm_sepconv.searches import Task, Tuning, interrupts, search
+from tvm_sepconv.subjects import Subject
+from tvm_sepconv.tracker import Address
 
-HELP = "search faster kernels on this machine and record them"
+HELP = "search faster kernels on this machine or on boards, and record them"
 DESCRIPTION = (
-    "Search faster kernels for layers with MetaSchedule, on this machine. Each record is one line "
-    "of <target>.jsonl, and the next build of that layer uses it. Ctrl-C stops and keeps what was "
-    "found."
+    "Search faster kernels for layers with MetaSchedule. What is found is measured in turns with "
+    "the default decisions, and recorded as one line of <target>.jsonl, which the next build of "
+    "that layer uses. Ctrl-C stops after the trial that runs and keeps what was found."
 )
-EPILOG = scope.EPILOG
+EPILOG = None
 DEFAULT_TRIALS = 32
+PEAK_SECS = 0.2
+MOST_NAMES = 6  # that are listed
+SPACES = {"tvm_sepconv": "tvm_sepconv", "auto": "metaschedule"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
+    selection.add_arguments(parser, ",".join(scope.DEFAULT_WORKLOADS))
     scope.add_arguments(parser)
     parser.add_argument(
         "--trials", type=int, default=DEFAULT_TRIALS, metavar="N",
         help="candidates to measure for each layer, the default one included; default: %(default)s",
     )  # fmt: skip
-    parser.add_argument("--minutes", type=float, metavar="M", help="stop after so long in all")
+    parser.add_argument(
+        "--minutes", type=float, metavar="M",
+        help="stop after so long in all; a layer that ends early leaves its time to the others",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     parser.add_argument(
-        "--work-dir", type=Path, metavar="DIR",
-        help="scratch; default: work/ of a checkout, else in the cache",
+        "--num-threads", type=int, default=1, metavar="N", help="of a call; default: %(default)s"
+    )
+    parser.add_argument(
+        "--space", choices=SPACES, default="tvm_sepconv",
+        help="auto: MetaSchedule's own rules, to compare with; never recorded",
     )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on with searches that stopped")
+    parser.add_argument(
+        "--replay", type=Path, metavar="PATH",
+        help="take times from an earlier search's history.jsonl, or a folder of such, and measure "
+        "nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--work-dir", type=Path, metavar="DIR",
+        help="for what a search leaves behind; default: work/ of a checkout, else in the cache",
+    )  # fmt: skip
+    boards = parser.add_argument_group("measuring on boards")
+    boards.add_argument("--rpc", metavar="HOST:PORT", help="of TVM's RPC tracker")
+    boards.add_argument("--key", metavar="KEY", help="which the boards' servers registered with")
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--quiet", action="store_true", help="only the results")
+    shown.add_argument(
+        "--json", metavar="FILE", help="write a line of JSON for each layer; - is standard output"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    _check(options)
     target = scope.target(options.target)
-    _check_tunable(target)
+    _check_tunable(target, options.rpc is not None)
+    kernels = _kernels(options)
+    scope.use_logs(options.logs)
+    here = options.rpc is None and options.replay is None
+    own = options.space == "tvm_sepconv"
+    if own and options.replay is None:
+        jit.compiler("tvm_sepconv.compiler.logs").writable()  # refused before an hour was spent
+    tuning = Tuning(
+        [_task(subject, config, options, target) for subject, config in kernels],
+        deadline=time.monotonic() + 60 * options.minutes if options.minutes else math.inf,
+        peak_flops=_peak_flops(target, options.num_threads) if here else None,
+        baseline="default" if own else "recorded",
+    )
+    with ExitStack() as stack:
+        file = _json_file(options.json, stack)
+        stream = sys.stderr if file is sys.stdout else sys.stdout
+        settings = _settings(options, target, stack)
+        received = stack.enter_context(interrupts(tuning.stopping, display.live(stream)))
+        if not options.quiet:
+            names = [task.name for task in tuning.tasks]
+            what = ", ".join(names) if len(names) <= MOST_NAMES else f"{len(names)} layers"
+            head = f"Tuning {what} for {target}, up to {options.trials} trials each"
+            print(head, file=stream, flush=True)
+        with display.display(tuning, stream, options.quiet) as show:
+            for task, (subject, config) in zip(tuning.tasks, kernels, strict=True):
+                _tune(task, tuning, subject, config, settings, show)
+                if file is not None:
+                    facts = _facts(subject, config, options, target)
+                    line = json.dumps({**facts, **display.as_json(task, tuning)})
+                    print(line, file=file, flush=True)
+        if not options.quiet:
+            print(display.overview(tuning), file=stream, flush=True)
+    if received:
+        return 128 + received[0]
+    tasks = tuning.tasks
+    worked = any(task.worked for task in tasks) and not any(task.broken for task in tasks)
+    return 0 if worked else 1
+
+
+def _kernels(options: argparse.Namespace) -> list[tuple[Subject, KernelConfig]]:
+    """The layers that were asked for; what is replayed must have them."""
+    kernels = scope.kernels(selection.chosen(options, scope.DEFAULT_WORKLOADS))
+    replay: Path | None = options.replay
+    if replay is not None and not replay.is_dir() and len(kernels) > 1:
+        raise ValueError(
+            "`--replay` of a file is one layer's: name one layer, or a folder. "
+            f"Received: {', '.join(subject.id for subject, _ in kernels)}"
+        )
+    if replay is not None and not replay.exists():
+        raise ValueError(
+            "`--replay` must be a search's history.jsonl, or a --work-dir with such. There is none "
+            f"called {replay}"
+        )
+    return kernels
+
+
+def _tune(
+    task: Task, tuning: Tuning, subject: Subject, config: KernelConfig, settings: dict[str, Any],
+    show: Display,
+) -> None:  # fmt: skip
+    tune = jit.compiler("tvm_sepconv.compiler.tune").tune
+    about = {"batch": subject.batch, "steps": subject.steps, "workload": subject.id}
+    search(task, tuning, show.update, partial(tune, config, **about, **settings))
+    show.end(task)
+
+
+def _check(options: argparse.Namespace) -> None:
     if options.trials < 2:
         raise ValueError(
             "`--trials` must be at least 2: the first one measures the default. "
@@ -52,38 +154,25 @@ def run(options: argparse.Namespace) -> int:
         )
     if options.minutes is not None and not options.minutes > 0:
         raise ValueError(f"`--minutes` must be positive. Received: {options.minutes}")
-    kernels = scope.select(options.workloads)
-    scope.use_logs(options.logs)
-    tune = jit.compiler("tvm_sepconv.compiler.tune").tune
-    chosen = jit.compiler("tvm_sepconv.compiler.targets").cpu(target)
-    end = time.monotonic() + 60 * options.minutes if options.minutes else float("inf")
-    names = ", ".join(workload.id for workload, _ in kernels)
-    print(f"Tuning {names} for {target}, up to {options.trials} trials each", flush=True)
-    recorded = 0
-    with display() as show, _interrupts() as interrupted:
-        for left, (workload, config) in zip(range(len(kernels), 0, -1), kernels, strict=True):
-            if interrupted.is_set() or time.monotonic() >= end:
-                print(f"{workload.id}: not started", flush=True)
-                continue
-            stop = time.monotonic() + (end - time.monotonic()) / left
-            try:
-                result = tune(
-                    config, chosen, workload.batch, workload.steps,
-                    trials=options.trials, seed=options.seed,
-                    work_dir=options.work_dir or _work_dir(), report=show(workload.id),
-                    should_stop=lambda stop=stop: interrupted.is_set() or time.monotonic() >= stop,
-                )  # fmt: skip
-            except ValueError as error:  # its input is too short; the others' may not be
-                print(f"{workload.id}: skipped. {error}", flush=True)
-                continue
-            recorded += result.path is not None
-            print(f"{workload.id}: {summary(result)}", flush=True)
-    if interrupted.is_set():
-        return 128 + signal.SIGINT
-    return 0 if recorded else 1
+    most = len(os.sched_getaffinity(0))
+    threads = options.num_threads
+    if threads < 1 or (options.rpc is None and threads > most):
+        raise ValueError(f"`--num-threads` must be of 1 to {most} here. Received: {threads}")
+    if options.replay is not None:
+        measuring = selection.given(options, ("rpc", "resume"))
+        selection.refuse("`--replay` measures nothing and begins anew", measuring)
+    if options.space != "tvm_sepconv":
+        others = selection.given(options, ("rpc", "resume", "replay", "logs"))
+        selection.refuse("`--space auto` is measured here and never recorded", others)
+    if (options.rpc is None) != (options.key is None):
+        given, needed = ("key", "rpc") if options.rpc is None else ("rpc", "key")
+        raise ValueError(f"`--{given}` needs --{needed} too: a tracker's address, and a key it has")
+    path = options.json
+    if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
+        raise ValueError(f"`--json` must lie in a folder. There is none called {Path(path).parent}")
 
 
-def _check_tunable(target: str) -> None:
+def _check_tunable(target: str, boards: bool) -> None:
     instead = f"tune for this machine's processor: --target {(*targets.runnable(), 'x86')[0]}"
     if target.startswith("cuda"):
         if reason := gpu.missing():
@@ -93,36 +182,85 @@ def _check_tunable(target: str) -> None:
                 f"(Beyond that, tuning for CUDA {scope.NO_CUDA}.)"
             )
         raise ValueError(f"Tuning for CUDA {scope.NO_CUDA}. You can {instead}")
-    if lacking := targets.missing_features(target.partition("@")[0]):
+    lacking = targets.missing_features(target.partition("@")[0])
+    if lacking and not boards:
         raise ValueError(
-            f"Tuning for {target} measures kernels on this machine, which lacks "
-            f"{', '.join(lacking)}. Run it on such a machine, or {instead}"
+            f"Tuning for {target} measures kernels, and this machine lacks {', '.join(lacking)}. "
+            "Run it on such a machine, let such machines measure with --rpc HOST:PORT --key KEY, "
+            f"or {instead}"
         )
     jit.need_compiler()
-    needed = ("xgboost", "cloudpickle", "psutil")
+    needed = ("xgboost", "cloudpickle", "psutil", *["tornado"] * boards)
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ValueError(
             f"Tuning needs {', '.join(absent)}: pip install 'tvm-sepconv[compiler,tune]'"
         )
 
 
-def _work_dir() -> Path:
-    root: Path | None = jit.compiler("tvm_sepconv.compiler.logs").checkout()
-    return (root or jit.cache_root()) / "work"
+def _settings(options: argparse.Namespace, target: str, stack: ExitStack) -> dict[str, Any]:
+    """What all layers' searches have in common."""
+    chosen = jit.compiler("tvm_sepconv.compiler.targets").cpu(target)
+    settings = {
+        "target": chosen,
+        "trials": options.trials,
+        "seed": options.seed,
+        "work_dir": options.work_dir or scope.work_dir(),
+        "threads": options.num_threads,
+        "space": SPACES[options.space],
+        "resume": options.resume,
+        "replay": options.replay,
+        "runner": None,
+    }
+    if options.rpc is not None:
+        address = Address.parse(options.rpc)
+        if warning := address.warning():
+            print(warning, file=sys.stderr)
+        boards = jit.compiler("tvm_sepconv.compiler.boards").Boards
+        opened = boards(address, options.key, chosen, options.num_threads)
+        settings["runner"] = stack.enter_context(opened)
+    return settings
 
 
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Make the first Ctrl-C an event; the second ends the process there and then."""
-    asked = threading.Event()
+def _task(subject: Subject, config: KernelConfig, options: argparse.Namespace, target: str) -> Task:
+    flops = config.flops(subject.batch, subject.config.out_steps(subject.steps))
+    task = Task(subject.id, flops, options.trials, config.dtype == "float32")
+    if options.space != "tvm_sepconv":
+        logs = jit.compiler("tvm_sepconv.compiler.logs")
+        match = logs.lookup(config, target, threads=options.num_threads)
+        key = (options.num_threads, subject.batch, subject.steps)
+        if match and (match.record.threads, match.record.batch, match.record.steps) == key:
+            task.recorded_secs = math.nan if match.distance else match.record.median_secs
+    return task
 
-    def ask(signum: int, frame: FrameType | None) -> None:
-        asked.set()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("Stopping; once more gives up what was found", flush=True)
 
-    before = signal.signal(signal.SIGINT, ask)
+def _peak_flops(target: str, threads: int) -> float | None:
+    """What so many cores can do, for the share of it; None without a C compiler to measure it."""
     try:
-        yield asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+        peak = limits.Peak(target.partition("@")[0])
+    except RuntimeError:
+        return None
+    best_us = timing.interleave({"peak": peak.run}, PEAK_SECS)["peak"].best_us
+    return threads * peak.flops / best_us * 1e6
+
+
+def _json_file(name: str | None, stack: ExitStack) -> TextIO | None:
+    if name is None or name == "-":
+        return sys.stdout if name else None
+    return stack.enter_context(open(name, "w", encoding="utf-8"))
+
+
+def _facts(
+    subject: Subject, config: KernelConfig, options: argparse.Namespace, target: str
+) -> dict[str, Any]:
+    """What is known of a layer's search before it begins."""
+    return {
+        "layer": subject.id,
+        "target": target,
+        "key": config.key,
+        "config": config.to_dict(),
+        "batch": subject.batch,
+        "steps": subject.steps,
+        "threads": options.num_threads,
+        "space": options.space,
+        "seed": options.seed,
+    }

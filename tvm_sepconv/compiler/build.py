@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -113,22 +115,48 @@ def build_library(
     RuntimeError
         If no linker is there, or a command fails.
     """
-    functions = {}
-    for tiling in (v.tiling for v in variants):
-        functions[f"steps{tiling.step_tile}"] = scheduled(config, target, tiling)
-        if tiling.in_place:
-            interior = scheduled(config, target, tiling, interior=True)
-            functions[f"interior{tiling.step_tile}"] = interior
+    forms = [functions(config, target, v.tiling) for v in variants]
     if config.data_format == "channels_first":
-        functions["ragged"] = scheduled(config, target, variants[-1].tiling, ragged=True)
-    kernels = compile_kernels(functions, target)
+        forms.append(functions(config, target, variants[-1].tiling, ragged=True))
+    kernels = compile_kernels(dict(itertools.chain(*(f.items() for f in forms))), target)
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = Path(folder, "kernels.o")
+        kernels.write_to_file(str(compiled))
+        link_library(config, target, output, variants, [compiled])
+
+
+def functions(
+    config: KernelConfig, target: CpuTarget, tiling: Tiling, ragged: bool = False
+) -> dict[str, tvm.tirx.PrimFunc]:
+    """The kernels of a variant by name; or the one for less than a vector, in channels_first."""
+    if ragged:
+        return {"ragged": scheduled(config, target, tiling, ragged=True)}
+    found = {f"steps{tiling.step_tile}": scheduled(config, target, tiling)}
+    if tiling.in_place:
+        found[f"interior{tiling.step_tile}"] = scheduled(config, target, tiling, interior=True)
+    return found
+
+
+def link_library(
+    config: KernelConfig,
+    target: CpuTarget,
+    output: Path,
+    variants: tuple[Variant, ...],
+    objects: Sequence[Path],
+) -> None:
+    """Write the shared library of compiled kernels, and of what describes them to the runtime.
+
+    Raises
+    ------
+    RuntimeError
+        If no linker is there, or a command fails.
+    """
     tools = toolchain(target.triple)
     with tempfile.TemporaryDirectory() as folder, as_file(_native()) as native:
-        work = Path(folder)
-        kernels.write_to_file(str(work / "kernels.o"))
-        (work / "library.c").write_text(_description(config, target, variants))
-        tools.object_file(work / "library.c", work / "library.o", (native, _ffi_include()))
-        tools.shared_library([work / "kernels.o", work / "library.o"], output)
+        source, described = Path(folder, "library.c"), Path(folder, "library.o")
+        source.write_text(_description(config, target, variants))
+        tools.object_file(source, described, (native, _ffi_include()))
+        tools.shared_library([*objects, described], output)
 
 
 def build_runtime(target: CpuTarget, output: Path) -> None:

@@ -1,7 +1,7 @@
 """Verify and time whole libraries, in a process that a wrong kernel may take down with it.
 
 What is timed is what will be shipped: a library with all its variants, called through the runtime
-on the measured input, one thread, data warm in the caches. No TVM is needed.
+on the measured input, data warm in the caches. No TVM is needed.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,14 @@ from tvm_sepconv import reference
 from tvm_sepconv.config import KernelConfig, SepConvConfig
 from tvm_sepconv.runtime import CompiledLayer, set_num_threads
 
+EDGES = ((2, 37), (1, 331))  # (batch, steps) beside the measured ones
 SAMPLE_SECS = 1e-3  # calls are repeated to fill this: the clock's own cost vanishes
 
 Array = npt.NDArray[Any]
+
+
+class RunnerError(RuntimeError):
+    """The place of measuring is gone, so no candidate can be measured there any more."""
 
 
 def layer_config(config: KernelConfig) -> SepConvConfig:
@@ -33,70 +40,121 @@ def layer_config(config: KernelConfig) -> SepConvConfig:
 
 
 def write_task(path: Path, config: KernelConfig, batch: int, steps: int) -> None:
-    """Draw an input and weights, the same ones each time, and save them with the right answer."""
+    """Draw inputs and weights, the same ones each time, and save them with the right answers.
+
+    Beside the measured input there are two of odd lengths: a kernel that is right where whole tiles
+    end, and nowhere else, is wrong.
+    """
     layer = layer_config(config)
     draw = np.random.default_rng(0)
-    last = config.data_format == "channels_last"
-    shapes = {
-        "x": (batch, steps, config.channels) if last else (batch, config.channels, steps),
+    sizes = {
         "depthwise": layer.depthwise_shape(config.channels),
         "pointwise": layer.pointwise_shape(config.channels),
         "bias": layer.bias_shape,
     }
     # Terms of a size that keeps every activation in its interesting range.
     scales = {"depthwise": config.kernel_size**-0.5, "pointwise": config.mid_channels**-0.5}
-    arrays = {
+    weights = {
         name: (draw.standard_normal(shape) * scales.get(name, 1.0)).astype(config.dtype)
-        for name, shape in shapes.items()
+        for name, shape in sizes.items()
     }
-    bias = arrays["bias"] if config.use_bias else None
-    operands = (arrays["x"], arrays["depthwise"], arrays["pointwise"], bias, layer)
+    bias = weights["bias"] if config.use_bias else None
+    cases = []
+    for samples, length in ((batch, steps), *EDGES):
+        last = config.data_format == "channels_last"
+        shape = (samples, length, config.channels) if last else (samples, config.channels, length)
+        x = draw.standard_normal(shape).astype(config.dtype)
+        operands = (x, weights["depthwise"], weights["pointwise"], bias, layer)
+        cases.append(Case(x, *_answer(config, *operands)))
+    save_task(path, config, weights, cases)
+
+
+def save_task(
+    path: Path, config: KernelConfig, weights: Mapping[str, Array], cases: Sequence[Case]
+) -> None:
+    """Write what `Task` reads; the first case is the one to measure.
+
+    Parameters
+    ----------
+    weights
+        ``depthwise``, ``pointwise`` and, if there is one, ``bias``, in Keras's shapes.
+    """
+    arrays = dict(weights)
+    for number, case in enumerate(cases):
+        arrays |= {f"{name}{number or ''}": array for name, array in vars(case).items()}
+    np.savez(path, config=json.dumps(config.to_dict()), **arrays)  # type: ignore[arg-type]
+
+
+def _answer(config: KernelConfig, *operands: Any) -> tuple[Array, Array]:
+    """The reference's output, and how far from it each element may be."""
     expected = reference.separable_conv1d(*operands)
     length = config.kernel_size + config.mid_channels
     rounding = 8 * float(np.finfo(config.dtype).eps)
     # The sums' bound, stretched where the activation is steep, and the activation's own error.
     allowed = length**0.5 * reference.magnitude(*operands) * np.maximum(1, np.abs(expected))
-    allowed = rounding * (allowed + np.abs(expected) + 1)
-    text = json.dumps(config.to_dict())
-    np.savez(path, config=text, expected=expected, allowed=allowed, **arrays)
+    return expected, rounding * (allowed + np.abs(expected) + 1)
 
 
-class _Task:
-    """A saved task, ready to run."""
+@dataclass(frozen=True)
+class Case:
+    """An input and its right answer, to within ``allowed``."""
 
-    def __init__(self, path: str) -> None:
+    x: Array
+    expected: Array
+    allowed: Array
+
+    def check(self, y: Array) -> None:
+        """Raise ValueError if `y` is not the answer; what was never written must be NaN."""
+        wrong = ~(np.abs(y - self.expected) <= self.allowed)
+        if wrong.any():
+            raise ValueError(
+                f"{int(wrong.sum())} of {wrong.size} outputs are wrong (input {self.x.shape})"
+            )
+
+
+class Task:
+    """What `write_task` wrote; the first of its ``cases`` is the measured one."""
+
+    def __init__(self, path: str | Path) -> None:
         with np.load(path) as file:
             arrays = dict(file)
         self.kernel = KernelConfig.from_dict(json.loads(str(arrays["config"])))
         self.config = layer_config(self.kernel)
-        self.x = arrays["x"]
         bias = arrays["bias"] if self.kernel.use_bias else None
         self.weights = (arrays["depthwise"], arrays["pointwise"], bias)
-        self.expected, self.allowed = arrays["expected"], arrays["allowed"]
+        ends = [name[1:] for name in arrays if name.startswith("x")]
+        self.cases = [
+            Case(*(arrays[n + end] for n in ("x", "expected", "allowed"))) for end in ends
+        ]
+        self.x, self.expected = self.cases[0].x, self.cases[0].expected
+        self.allowed = self.cases[0].allowed
 
     def verified(self, library: str, runtime: str) -> CompiledLayer:
-        """The layer of a library, once it has given the right answer."""
+        """The layer of a library, once it has given the right answers."""
         layer = CompiledLayer(Path(library), Path(runtime), self.config, *self.weights)
-        y = np.full(self.expected.shape, np.nan, self.kernel.dtype)
-        layer.run(self.x, y, 1 if self.config.channel_axis == -1 else 2)
-        wrong = ~(np.abs(y - self.expected) <= self.allowed)  # what was never written is NaN
-        if wrong.any():
-            raise ValueError(f"{int(wrong.sum())} of {wrong.size} outputs are wrong")
+        for case in self.cases:
+            y = np.full(case.expected.shape, np.nan, self.kernel.dtype)
+            layer.run(case.x, y, 1 if self.config.channel_axis == -1 else 2)
+            case.check(y)
         return layer
 
 
-_task = functools.lru_cache(maxsize=1)(_Task)
+loaded = functools.lru_cache(maxsize=1)(Task)  # by its path: a process has one at a time
 
 
-def sample(task: str, runtime: str, libraries: Sequence[str], rounds: int) -> list[list[float]]:
+def sample(
+    task: str, libraries: Sequence[str], rounds: int, *, runtime: str, threads: int = 1
+) -> list[list[float]]:
     """Verify libraries, then time them in alternation.
 
     Parameters
     ----------
     task
         What `write_task` wrote.
-    runtime, libraries
+    libraries, runtime
         Shared libraries for this machine.
+    threads
+        That one call may use.
 
     Returns
     -------
@@ -108,26 +166,31 @@ def sample(task: str, runtime: str, libraries: Sequence[str], rounds: int) -> li
     ValueError
         If a library's answer is not the reference's.
     """
-    set_num_threads(1)
-    data = _task(task)
+    set_num_threads(threads)
+    data = loaded(task)
     layers = [data.verified(library, runtime) for library in libraries]
     y = np.empty(data.expected.shape, data.kernel.dtype)
-    repeats = [_repeats(layer, data.x, y) for layer in layers]
-    samples: list[list[float]] = [[] for _ in layers]
+    return alternated([partial(layer.call, layer.handle, data.x, y) for layer in layers], rounds)
+
+
+def alternated(calls: Sequence[Callable[[], object]], rounds: int) -> list[list[float]]:
+    """Time calls in turns; for each `rounds` samples of the seconds of one."""
+    repeats = [_repeats(call) for call in calls]
+    samples: list[list[float]] = [[] for _ in calls]
     for _ in range(rounds):
-        for layer, count, times in zip(layers, repeats, samples, strict=True):
-            _run(layer, data.x, y, 1)  # brings this library's weights back into the caches
-            times.append(_run(layer, data.x, y, count) / count)
+        for call, count, times in zip(calls, repeats, samples, strict=True):
+            call()  # brings this one's weights back into the caches
+            times.append(_run(call, count) / count)
     return samples
 
 
-def _repeats(layer: CompiledLayer, x: Array, y: Array) -> int:
-    _run(layer, x, y, 3)
-    return max(1, round(SAMPLE_SECS / _run(layer, x, y, 1)))
+def _repeats(call: Callable[[], object]) -> int:
+    _run(call, 3)
+    return max(1, round(SAMPLE_SECS / _run(call, 1)))
 
 
-def _run(layer: CompiledLayer, x: Array, y: Array, count: int) -> float:
+def _run(call: Callable[[], object], count: int) -> float:
     start = time.perf_counter()
     for _ in range(count):
-        layer.call(layer.handle, x, y)
+        call()
     return time.perf_counter() - start

@@ -1,67 +1,94 @@
 """One search by MetaSchedule: proposing, building, verifying, timing, learning.
 
-The strategy, the cost model, the builder and the database are MetaSchedule's. Every candidate is
-built as the library that would be shipped, and timed in a process apart, which a wrong one may take
-down.
+The strategy, the cost model and the database are MetaSchedule's. Every candidate is built as the
+library that would be shipped, and measured where a `Runner` does it.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
+import itertools
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
-import numpy as np
 import tvm
 from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
-from tvm.support.popen_pool import PopenPoolExecutor
+from tvm.s_tir.schedule import Trace
 
-from tvm_sepconv.bundle import RUNTIME
-from tvm_sepconv.compiler import build, measure
+from tvm_sepconv.compiler import builder
+from tvm_sepconv.compiler.evolution import Candidates, evolve
+from tvm_sepconv.compiler.history import Trial, Writer
+from tvm_sepconv.compiler.measure import RunnerError
+from tvm_sepconv.compiler.runner import Runner, apart
 from tvm_sepconv.compiler.schedules.cpu import Tiling
 from tvm_sepconv.compiler.space import Space, tiling_of
-from tvm_sepconv.compiler.targets import CpuTarget, cpu
-from tvm_sepconv.config import KernelConfig
+from tvm_sepconv.compiler.targets import CpuTarget
 
 BATCH = 8  # candidates between two lessons of the cost model
 SAMPLES = 15
-BUILD_LIMIT_SECS = 120
-RUN_LIMIT_SECS = 60
-_FAILED_SECS = 1e10  # what MetaSchedule puts down for a candidate that did not run
+
+T = TypeVar("T")
 
 
 @dataclass
 class Progress:
-    """Where a search stands: it changes while the search goes on."""
+    """Where a search stands: it changes while the search goes on.
+
+    ``rejected`` candidates were refused unbuilt, for the reasons that ``rejections`` counts; they
+    are no trials. ``phase`` is "building", "measuring" or, at the end, "comparing".
+    """
 
     of: int
     trials: int = 0
     build_failures: int = 0
     run_failures: int = 0
+    rejections: dict[str, int] = field(default_factory=dict)
     failure: str = ""
-    default_secs: float = float("nan")
-    best_secs: float = float("nan")
+    default_secs: float = math.nan
+    best_secs: float = math.nan
+    elapsed_secs: float = 0.0
+    phase: str = "building"
+
+    @property
+    def rejected(self) -> int:
+        """How many, whatever the reason."""
+        return sum(self.rejections.values())
+
+    def count(self, trial: Trial, built: bool = True) -> None:
+        """Take a trial into account."""
+        self.trials += 1
+        self.elapsed_secs = trial.elapsed_secs
+        self.failure = self.failure or trial.error or ""
+        if trial.error is not None:
+            self.run_failures += built
+            self.build_failures += not built
+        elif not self.best_secs <= trial.median_secs:  # it may be NaN yet
+            self.best_secs = trial.median_secs
 
 
 class Search:
-    """A search's processes, its database, and the times so far.
+    """A search, its processes, and the trials so far.
 
     Parameters
     ----------
     folder
-        For libraries and the database; what is there is removed.
+        For libraries and the database.
+    runner
+        Where to measure; None only if `replayed` has all.
+    replayed
+        Times to take from there instead of building and measuring.
+    history
+        Gets every trial.
     report
-        Called after every trial.
+        Called after every trial, and when another phase begins.
     should_stop
         Asked between trials.
     """
@@ -71,63 +98,71 @@ class Search:
         space: Space,
         target: CpuTarget,
         folder: Path,
+        runner: Runner | None,
+        history: Writer,
         progress: Progress,
-        report: Callable[[Progress], None],
-        should_stop: Callable[[], bool],
+        report: Callable[[Progress], None] = lambda progress: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        replayed: Mapping[Tiling, Trial] | None = None,
     ) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        self.folder = folder.absolute()
-        self.space, self.target = space, target
+        self.space, self.target, self.folder = space, target, folder.absolute()
+        self.runner, self.replayed, self.history = runner, replayed, history
         self.progress, self.report, self.should_stop = progress, report, should_stop
-        self.task, self.runtime = self.folder / "task.npz", self.folder / RUNTIME
-        self.secs: dict[Tiling, list[float]] = {}
-        self.pool = PopenPoolExecutor(1, RUN_LIMIT_SECS)
-        # Processes inherit the mask of the thread that starts them: Ctrl-C, which a terminal sends
-        # to all, reaches none but this one, which can keep what was found.
-        mask = (signal.SIG_BLOCK, {signal.SIGINT})
-        self.aside = ThreadPoolExecutor(1, initializer=signal.pthread_sigmask, initargs=mask)
+        self.task = self.folder / "task.npz"
+        self.trials: dict[Tiling, Trial] = {}
+        self.began = time.monotonic()
+        self._aside = apart(runner.workers if runner else 1)
+        self._pool = builder.processes()
+        self._builder: builder.Builder | None = None
+
+    def start(self) -> None:
+        """Start to build what all candidates share."""
+        if self.replayed is None:
+            arguments = (self.space.config, self.target, self.folder, self._pool)
+            self._builder = self._apart(builder.of_candidates, *arguments)
 
     def close(self) -> None:
         """End the processes."""
-        self.pool.shutdown()
-        self.aside.shutdown()
+        self._pool.shutdown()
+        self._aside.shutdown()
 
-    def run(self, known: Sequence[Tiling], seed: int) -> None:
-        """Measure `known`, the default first, and then what the evolutionary search proposes.
+    def know(self, trials: Sequence[Trial]) -> None:
+        """Take trials of an earlier part of this search as done."""
+        for trial in trials:
+            tiling = self.space.tiling(trial.decisions)
+            if tiling is not None:
+                self.trials[tiling] = trial
+            self.progress.count(trial)
+        self._see_default()
+        self.began = time.monotonic() - self.progress.elapsed_secs
+
+    def run(self, first: Sequence[Tiling], seed: int) -> None:
+        """Measure `first`, the default foremost, and then what the evolutionary search proposes.
 
         Raises
         ------
         RuntimeError
             If the default does not build, does not run or is wrong.
+        RunnerError
+            If nothing can be measured any more.
+        OSError
+            If the history cannot be written.
         """
-        learning = ms.cost_model.xgb_model.XGBConfig(seed=seed, nthread=1)
-        model = ms.cost_model.XGBModel(config=learning, num_warmup_samples=BATCH)
+        model = cost_model(seed)
         database = ms.database.JSONDatabase(work_dir=str(self.folder))
-        context = self.started(seed, max(self.progress.of - len(known), 1), database, model)
-        workload = database.commit_workload(context.mod)
-        builder = self.aside.submit(self._builder).result()
-        first = [_candidate(self.space.scheduled(tiling)) for tiling in known]
-        while proposed := context.generate_measure_candidates():
-            candidates = [*first, *proposed][: self.progress.of - self.progress.trials]
-            results = self._measure(builder, candidates, len(first))
-            for candidate, result in zip(candidates, results, strict=False):
-                trace = candidate.sch.trace.simplified(remove_postproc=True)
-                measured = (result.run_secs or [_FAILED_SECS], context.target, candidate.args_info)
-                database.commit_tuning_record(ms.database.TuningRecord(trace, workload, *measured))
-            if len(results) < len(first) + len(proposed) or self.should_stop():
-                return
-            context.notify_runner_results(proposed, results[len(first) :])
-            model.update(context, candidates, results)
-            first = []
+        context = self.started(seed, database, model)
+        tilings = list(dict.fromkeys([*self.trials, *first]))
+        candidates = [_candidate(self.space.scheduled(tiling)) for tiling in tilings]
+        evolve(context, database, model, self._measured, candidates, _without_schedule, self._done)
 
     def started(
-        self, seed: int, trials: int, database: ms.database.Database, model: ms.cost_model.CostModel
+        self, seed: int, database: ms.database.Database, model: ms.cost_model.CostModel
     ) -> ms.TuneContext:
         """MetaSchedule's side of the search, ready to propose candidates."""
         strategy = ms.search_strategy.EvolutionarySearch(
-            # A few hundred candidates in all: larger populations would be the same ones again.
-            population_size=4 * BATCH, init_min_unmeasured=2 * BATCH, genetic_num_iters=2,
+            # A few thousand candidates in all: larger populations would find the same ones again.
+            population_size=8 * BATCH, init_min_unmeasured=2 * BATCH, genetic_num_iters=2,
+            eps_greedy=1 / BATCH,  # one of a batch by chance
         )  # fmt: skip
         with _without_intrinsics():
             context = ms.TuneContext(
@@ -138,99 +173,135 @@ class Search:
                 rand_state=1 + seed % (2**31 - 2),
                 num_threads=1,  # the schedule is Python; more threads would make the order chance
             )
-        context.pre_tuning(trials, BATCH, context.generate_design_space(), database, model)
+        # What it proposes again costs no trial, so it may propose more than there are trials.
+        proposals = 4 * self.progress.of
+        context.pre_tuning(proposals, BATCH, context.generate_design_space(), database, model)
         return context
 
-    def _builder(self) -> ms.builder.LocalBuilder:
-        arguments = {"target": self.target.name, "folder": str(self.folder)}
-        return ms.builder.LocalBuilder(
-            max_workers=len(os.sched_getaffinity(0)),
-            timeout_sec=BUILD_LIMIT_SECS,
-            f_build=partial(build_candidate, config=self.space.config, **arguments),
-            f_export=str,
-        )
+    def alternate(self, tilings: Sequence[Tiling], rounds: int) -> list[list[float]]:
+        """Measure candidates in turns; a runner's errors pass through."""
+        self._phase("comparing")
+        absent = [t for t in tilings if not builder.library(self.folder, t).is_file()]
+        for artifact in self._build([self.space.scheduled(t).mod for t in absent]):
+            if artifact.error_msg:  # it was built before: the machine is short of something
+                raise RuntimeError(str(artifact.error_msg))
+        return self._apart(self._sample, tilings, rounds)
 
-    def _measure(
-        self,
-        builder: ms.builder.LocalBuilder,
-        candidates: Sequence[ms.search_strategy.MeasureCandidate],
-        needed: int,
+    def _measured(
+        self, candidates: Candidates, target: tvm.target.Target
     ) -> list[ms.runner.RunnerResult]:
-        """Build all, then time one after the other until told to stop, but `needed` at least."""
-        target = self.target.tvm()
-        candidates = candidates[:needed] if self.should_stop() else candidates
-        inputs = [ms.builder.BuilderInput(c.sch.mod, target) for c in candidates]
-        built = self.aside.submit(builder.build, inputs).result()
-        results: list[ms.runner.RunnerResult] = []
-        for candidate, artifact in zip(candidates, built, strict=True):
-            if len(results) >= needed and self.should_stop():
-                break
-            error = self._time(tiling_of(candidate.sch.mod), artifact)
-            if error and not self.secs:
-                raise RuntimeError(f"There is nothing to tune: the default kernel fails. {error}")
-            secs = None if error else self.secs[tiling_of(candidate.sch.mod)]
-            results.append(ms.runner.RunnerResult(secs, error))
-            self.report(self.progress)
-        return results
+        """Try those that are new, as long as there are trials left and nobody says stop.
 
-    def _time(self, tiling: Tiling, artifact: ms.builder.BuilderResult) -> str | None:
-        """Time one library and keep count; returns what went wrong."""
-        now, error = self.progress, artifact.error_msg and str(artifact.error_msg)
-        now.trials += 1
-        if error:
-            now.build_failures += 1
-        else:
-            try:
-                (self.secs[tiling],) = self.sample([str(artifact.artifact_path)], SAMPLES)
-            except RuntimeError as reason:
-                now.run_failures += 1
-                error = str(reason)
-        now.failure = now.failure or error or ""
-        medians = {known: float(np.median(secs)) for known, secs in self.secs.items()}
-        now.default_secs = medians.get(self.space.default, float("nan"))
-        now.best_secs = min(medians.values(), default=float("nan"))
-        return error
-
-    def sample(self, libraries: Sequence[str], rounds: int) -> list[list[float]]:
-        """Verify and time libraries in alternation, in the measuring process; see `measure.sample`.
-
-        Raises
-        ------
-        RuntimeError
-            Whatever goes wrong there, the end of the process and of its time included.
+        Returns the results of all up to the first that was not tried any more.
         """
-        call = partial(measure.sample, str(self.task), str(self.runtime), list(libraries), rounds)
-        try:
-            future = self.aside.submit(self.pool.submit, call).result()
-            result: list[list[float]] = future.result()
-        except TimeoutError as error:
-            raise RuntimeError(f"No result after {RUN_LIMIT_SECS} s") from error
-        except ChildProcessError as error:
-            raise RuntimeError("The measuring process died") from error
-        except Exception as error:  # of any kind: it is the candidate's
-            raise RuntimeError(f"{type(error).__name__}: {error}") from error
-        return result
+        self.progress.rejections = dict(self.space.rejections)
+        modules = [candidate.sch.mod for candidate in candidates]
+        scheduled = {tiling_of(mod): mod for mod in modules}
+        new = [tiling for tiling in scheduled if tiling not in self.trials]
+        new = new[: max(self.progress.of - self.progress.trials, 0)]
+        if self.should_stop():
+            new = [tiling for tiling in new if tiling == self.space.default]
+        if self.replayed is None:
+            self._try({tiling: scheduled[tiling] for tiling in new})
+        else:
+            for tiling in new:
+                self._note(tiling, self.replayed.get(tiling, self._missing(tiling)))
+        tried = itertools.takewhile(self.trials.__contains__, map(tiling_of, modules))
+        return [_result(self.trials[tiling]) for tiling in tried]
 
-    def library(self, tiling: Tiling) -> str:
-        """Where the builder puts a candidate's library."""
-        return _library(str(self.folder), tiling)
+    def _done(self) -> bool:
+        return self.progress.trials >= self.progress.of or self.should_stop()
+
+    def _try(self, scheduled: Mapping[Tiling, tvm.IRModule]) -> None:
+        """Build all, then measure as many at a time as the runner has workers."""
+        self._phase("building")
+        built = self._build(list(scheduled.values()))
+        self._phase("measuring")
+        errors = {t: str(a.error_msg) for t, a in zip(scheduled, built, strict=True) if a.error_msg}
+        assert self.runner is not None
+        for some in _chunks(list(scheduled), self.runner.workers):
+            if self.should_stop() and self.space.default in self.trials:
+                return
+            futures = {t: self._aside.submit(self._sample, [t]) for t in some if t not in errors}
+            lost = None
+            for tiling in some:
+                secs, error = None, errors.get(tiling)
+                if error is None:
+                    try:
+                        (secs,) = futures[tiling].result()
+                    except RunnerError as reason:
+                        lost = reason
+                        continue
+                    except RuntimeError as reason:
+                        error = str(reason)
+                self._note(tiling, self._trial(tiling, secs, error), tiling not in errors)
+            if lost:
+                raise lost
+
+    def _sample(self, tilings: Sequence[Tiling], rounds: int = SAMPLES) -> list[list[float]]:
+        assert self.runner is not None
+        libraries = [str(builder.library(self.folder, tiling)) for tiling in tilings]
+        return self.runner.measure(self.task, libraries, rounds)
+
+    def _build(self, modules: Sequence[tvm.IRModule]) -> list[ms.builder.BuilderResult]:
+        if not modules:
+            return []
+        assert self._builder is not None
+        target = self.target.tvm()
+        inputs = [ms.builder.BuilderInput(mod, target) for mod in modules]
+        return self._apart(self._builder.build, inputs)
+
+    def _apart(self, call: Callable[..., T], *arguments: object) -> T:
+        """Call in a thread whose processes no signal reaches."""
+        return self._aside.submit(call, *arguments).result()
+
+    def _missing(self, tiling: Tiling) -> Trial:
+        return self._trial(tiling, None, "The replayed history has no time of these decisions")
+
+    def _trial(self, tiling: Tiling, secs: Sequence[float] | None, error: str | None) -> Trial:
+        elapsed_secs = round(time.monotonic() - self.began, 3)
+        number = self.progress.trials + 1
+        return Trial(number, tiling.to_dict(), secs, error, elapsed_secs)
+
+    def _note(self, tiling: Tiling, trial: Trial, built: bool = True) -> None:
+        """Write a trial down and keep count."""
+        trial = self._trial(tiling, trial.secs, trial.error)
+        self.history.trial(trial)
+        self.trials[tiling] = trial
+        self.progress.count(trial, built)
+        self._see_default()
+        if tiling == self.space.default and trial.error:
+            raise RuntimeError(f"There is nothing to tune: the default kernel fails. {trial.error}")
+        self.report(self.progress)
+
+    def _see_default(self) -> None:
+        trial = self.trials.get(self.space.default)
+        if trial is not None and trial.secs:
+            self.progress.default_secs = median(trial.secs)
+
+    def _phase(self, name: str) -> None:
+        self.progress.phase = name
+        self.progress.elapsed_secs = time.monotonic() - self.began
+        self.report(self.progress)
 
 
-def build_candidate(
-    mod: tvm.IRModule, _target: Any, _params: Any, *, config: KernelConfig, target: str, folder: str
-) -> str:
-    """Build the library of a candidate, in one of LocalBuilder's processes; return its path."""
-    tiling, chosen = tiling_of(mod), cpu(target)
-    path = _library(folder, tiling)
-    long = build.Variant(tiling)
-    build.build_library(config, chosen, Path(path), build.with_long(config, chosen, long))
-    return path
+def _chunks(everything: Sequence[T], count: int) -> Iterator[Sequence[T]]:
+    for start in range(0, len(everything), count):
+        yield everything[start : start + count]
 
 
-def _library(folder: str, tiling: Tiling) -> str:
-    (rows, vectors), (block, deep) = tiling.register_tile, tiling.depthwise_block
-    name = f"{tiling.step_tile}_{rows}x{vectors}_{block}x{deep}_{tiling.channel_block}.so"
-    return os.path.join(folder, name)
+def _result(trial: Trial) -> ms.runner.RunnerResult:
+    return ms.runner.RunnerResult(trial.secs and list(trial.secs), trial.error)
+
+
+def cost_model(seed: int) -> ms.cost_model.XGBModel:
+    """MetaSchedule's, which predicts as soon as it has learned from one batch."""
+    learning = ms.cost_model.xgb_model.XGBConfig(seed=seed, nthread=1)
+    return ms.cost_model.XGBModel(config=learning, num_warmup_samples=BATCH)
+
+
+def _without_schedule(trace: Trace) -> Trace:
+    return trace.simplified(remove_postproc=True)
 
 
 def _candidate(sch: Schedule) -> ms.search_strategy.MeasureCandidate:

@@ -10,7 +10,9 @@ Python, and a candidate whose decisions do not go together is refused before it 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 
 from tvm_sepconv.compiler import compute
-from tvm_sepconv.compiler.schedules.cpu import Tiling
+from tvm_sepconv.compiler.schedules.cpu import Tiling, legal
 from tvm_sepconv.compiler.schedules.fused import fuse
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.config import KernelConfig
@@ -48,6 +50,7 @@ class Space:
         every = target.family.candidates(config, target.isa)
         self.config = config
         self.lanes = target.lanes(config.accumulation_dtype)
+        self.unit = target.family.UNITS[target.isa]
         self.out_steps = out_steps
         self.default: Tiling = every[0]
         self.tilings = frozenset(t for t in every if t.step_tile <= out_steps)
@@ -59,6 +62,42 @@ class Space:
         self.choices: dict[str, list[Any]] = {
             name: sorted({getattr(t, name) for t in self.tilings}) for name in asdict(self.default)
         }
+        self.rejections: Counter[str] = Counter()  # why candidates were refused unbuilt
+
+    def refusal(self, tiling: Tiling) -> str | None:
+        """Say why decisions are no candidate; None if they are one."""
+        if tiling in self.tilings:
+            return None
+        if not legal(self.config, self.unit, tiling):
+            return "tiles do not divide the layer, or need more registers than there are"
+        return "too much scratch memory, too few accumulators, or the same as another"
+
+    def tiling(self, decisions: Mapping[str, Any] | None) -> Tiling | None:
+        """The candidate that has these decisions; None if none has."""
+        try:
+            tiling = Tiling.from_dict(dict(decisions or {}))
+        except (TypeError, ValueError):  # of a schedule with other decisions
+            return None
+        return tiling if tiling in self.tilings else None
+
+    def neighbours(self, tiling: Tiling) -> list[Tiling]:
+        """The candidates a step away: each decision's next choice down and up.
+
+        Where nothing else may stay as it is, what follows from that choice changes too.
+        """
+        found = []
+        for name, choices in self.choices.items():
+            at = choices.index(getattr(tiling, name))
+            for value in (*choices[:at][-1:], *choices[at + 1 :][:1]):
+                among = (t for t in self.tilings if getattr(t, name) == value)
+                found.append(min(among, key=lambda t: self._apart(tiling, t)))
+        return list(dict.fromkeys(found))
+
+    def _apart(self, a: Tiling, b: Tiling) -> tuple[int, int, str]:
+        steps = [
+            abs(c.index(getattr(a, n)) - c.index(getattr(b, n))) for n, c in self.choices.items()
+        ]
+        return sum(step > 0 for step in steps), sum(steps), str(b)
 
     def workload(self) -> tvm.IRModule:
         """The kernel for one sample of the measured length: MetaSchedule's view of it.
@@ -94,7 +133,8 @@ class Space:
         block = sch.get_sblock("output")
         notes = sch.get(block).annotations
         tiling = Tiling(**{n: c[int(notes[_PREFIX + n])] for n, c in self.choices.items()})
-        if tiling not in self.tilings:
+        if reason := self.refusal(tiling):
+            self.rejections[reason] += 1
             return False
         for name in self.choices:
             sch.unannotate(block, _PREFIX + name)
@@ -113,7 +153,7 @@ class Space:
     def generator(self) -> ms.space_generator.ScheduleFn:
         """The space for a `TuneContext`."""
         return ms.space_generator.ScheduleFn(
-            self.sample, sch_rules=[], postprocs=[_Apply(self)], mutator_probs={_Mutate(): 1.0}
+            self.sample, sch_rules=[], postprocs=[_Apply(self)], mutator_probs={_Mutate(self): 1.0}
         )
 
 
@@ -156,24 +196,37 @@ class _Apply(ms.postproc.PyPostproc):  # type: ignore[misc]
 
 @derived_object
 class _Mutate(ms.mutator.PyMutator):  # type: ignore[misc]
-    """Change one decision; MetaSchedule's own mutators know perfect tiles only."""
+    """Change one decision, so that it stays a candidate; MetaSchedule's know perfect tiles only."""
+
+    def __init__(self, space: Space) -> None:
+        super().__init__()
+        self.space = space
 
     def _initialize_with_tune_context(self, context: ms.TuneContext) -> None:
         pass
 
     def apply(self, trace: Any, rand_state: int) -> Any:
-        samples = [i for i in trace.insts if len(_candidates(i)) > 1]
-        if not samples:
+        samples = [i for i in trace.insts if i.kind.name == "SampleCategorical"]
+        indices = [int(trace.decisions[sample]) for sample in samples]
+        choices = self.space.choices
+        parent = Tiling(**{n: c[i] for (n, c), i in zip(choices.items(), indices, strict=True)})
+        changes = []
+        for sample, at, (name, values) in zip(samples, indices, choices.items(), strict=True):
+            others = [i for i in range(len(values)) if i != at]
+            fitting = [
+                i
+                for i in others
+                if self.space.refusal(replace(parent, **{name: values[i]})) is None
+            ]
+            if fitting:
+                changes.append((sample, fitting))
+        if not changes:
             return None
         draw = np.random.default_rng(int(rand_state))
-        sample = samples[draw.integers(len(samples))]
-        step = draw.integers(1, len(_candidates(sample)))  # never back to where it was
-        decision = (int(trace.decisions[sample]) + int(step)) % len(_candidates(sample))
+        # The decision first: one with many choices has no more to do with speed.
+        sample, fitting = changes[draw.integers(len(changes))]
+        decision = fitting[draw.integers(len(fitting))]
         return trace.with_decision(sample, decision, remove_postproc=True)
 
     def clone(self) -> Any:
-        return _Mutate()
-
-
-def _candidates(instruction: Any) -> Any:
-    return instruction.attrs[0] if instruction.kind.name == "SampleCategorical" else ()
+        return _Mutate(self.space)

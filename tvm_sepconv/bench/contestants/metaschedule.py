@@ -58,7 +58,7 @@ def tune(
     work_dir
         For MetaSchedule's database and the candidates; a new folder is made in it.
     progress
-        Called after every batch of candidates.
+        Called after every candidate.
 
     Returns
     -------
@@ -80,7 +80,12 @@ def tune(
             "pip install 'tvm-sepconv[tune]'"
         )
     space, kernel, sizes = _task(case, threads)
-    result = space.tune(kernel, *sizes, trials, work_dir, progress)
+    measure = jit.compiler("tvm_sepconv.compiler.measure")
+    weights = dict(zip(("depthwise", "pointwise", "bias"), case.weights, strict=False))
+    work_dir.mkdir(parents=True, exist_ok=True)
+    given = measure.Case(case.x, case.expected, case.allowed)
+    measure.save_task(work_dir / "task.npz", kernel, weights, [given])
+    result, _ = space.tune(kernel, *sizes, trials, work_dir, work_dir / "task.npz", progress)
     output = np.full(case.expected.shape, np.nan, np.float32)
     space.Tuned(result, kernel, case.weights, threads)(case.x, output)
     check("MetaSchedule", output, case.expected, case.allowed)

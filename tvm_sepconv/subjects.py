@@ -1,4 +1,4 @@
-"""What is measured: layers of the workload table, one from arguments, or those of a saved model."""
+"""Layers with their inputs: of the workload table, from arguments, or those of a saved model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tvm_sepconv import activations, workloads
+from tvm_sepconv import workloads
 from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.workloads import Workload
 
@@ -29,8 +29,7 @@ class Subject:
     Raises
     ------
     ValueError
-        If the layer computes in another dtype than float32, has an activation that mixes channels
-        or steps, or its output is empty.
+        If a size is not positive or the output is empty.
     """
 
     id: str
@@ -45,16 +44,6 @@ class Subject:
         for name in ("channels", "batch", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1. Received: {getattr(self, name)}")
-        if config.compute_dtype != "float32":
-            raise ValueError(
-                "Only layers that compute in float32 are measured. "
-                f"Received: dtype={config.dtype} of {self.id}"
-            )
-        if activations.name_of(config.activation) not in activations.ELEMENTWISE:
-            raise ValueError(
-                "Only layers with an element-wise activation by name are measured. Received: "
-                f"activation={activations.serialize(config.activation)} of {self.id}"
-            )
         if config.out_steps(self.steps) < 1:
             raise ValueError(
                 f"The output of {self.id} is empty: its kernel reaches over "
