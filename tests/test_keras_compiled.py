@@ -174,10 +174,10 @@ import os
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 import keras, numpy as np
 from tvm_sepconv.interop.keras import SeparableConv1D
-parts = [SeparableConv1D(6, 3, padding="same") for _ in range(3)]
-model = keras.Sequential([keras.Input((None, 5)), keras.layers.Dense(5), parts[0]])
+layer = SeparableConv1D(6, 3, padding="same")
+model = keras.Sequential([keras.Input((None, 5)), keras.layers.Dense(5), layer])
 x = np.ones((8, 100_000, 5), "float32")
-print(model.predict(x, batch_size=4, verbose=0).shape, parts[0].compiled_calls)
+print(model.predict(x, batch_size=4, verbose=0).shape, layer.compiled_calls)
 """
 
 
@@ -207,6 +207,17 @@ def test_it_is_keras_layer() -> None:
     assert not isinstance(ours, tvm_sepconv.SeparableConv1D)
     with pytest.raises(ValueError, match="`padding` argument must be"):
         SeparableConv1D(3, 2, padding="causal")
+
+
+def test_layer_function_composes_with_models_and_symbolic_tensors() -> None:
+    inputs = keras.Input((None, CHANNELS))
+    y = tvm_sepconv.layer_separable_conv_1d(inputs, FILTERS, 3, padding="same", activation="relu")
+    model = keras.Model(inputs, y)
+    sequential = keras.Sequential([inputs])
+    assert tvm_sepconv.layer_separable_conv_1d(sequential, FILTERS, 3, name="conv") is sequential
+    for layer in (model.layers[-1], sequential.get_layer("conv")):
+        assert type(layer) is SeparableConv1D
+    assert model.predict(data(), verbose=0).shape == (2, STEPS, FILTERS)
 
 
 @pytest.mark.parametrize("missing", ["keras", "jax"])

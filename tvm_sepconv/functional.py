@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ def layer_separable_conv_1d(
     Parameters
     ----------
     object
-        None, an array or tensor, or a model with a method ``add``.
+        None, an array or tensor, or a model with a method ``add``. A Sequential of Keras or a
+        symbolic tensor gets the Keras layer, `tvm_sepconv.interop.keras.SeparableConv1D`.
 
     Returns
     -------
@@ -28,7 +30,7 @@ def layer_separable_conv_1d(
         The layer for None, its output for an array or tensor, `object` with the layer added for a
         model.
     """
-    layer = SeparableConv1D(filters, kernel_size, *args, **kwargs)
+    layer: Any = _layer_class(object)(filters, kernel_size, *args, **kwargs)
     if object is None:
         return layer
     is_data = isinstance(object, (np.ndarray, list, tuple)) or hasattr(object, "__dlpack__")
@@ -36,6 +38,15 @@ def layer_separable_conv_1d(
         object.add(layer)
         return object
     return layer(object)
+
+
+def _layer_class(object: Any) -> Any:
+    keras = sys.modules.get("keras")  # who has an object of Keras has imported it
+    if keras is not None and isinstance(object, (keras.Model, keras.KerasTensor)):
+        from tvm_sepconv.interop.keras import SeparableConv1D as KerasLayer
+
+        return KerasLayer
+    return SeparableConv1D
 
 
 _first = inspect.Parameter("object", inspect.Parameter.POSITIONAL_OR_KEYWORD)
