@@ -86,7 +86,7 @@ def test_what_is_skipped_is_shown_with_the_reason(
         (("--workloads", "TN-*, QN-*"), {"QN-B1"}),
         (("--workloads", "c64_*"), {None, "avx512"}),
     ],
-    ids=str,
+    ids=["all", "target", "layer", "patterns", "key"],
 )
 def test_records_are_chosen_by_target_and_layer(
     arguments: tuple[str, ...], expected: set[str | None], mine: Path,
