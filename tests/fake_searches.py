@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tvm_sepconv.compiler.search import Progress
-from tvm_sepconv.compiler.tune import Result
-from tvm_sepconv.searches import Task
+from tvm_sepconv.commands.searches import Task
+from tvm_sepconv.compiler.tuning.search import Progress
+from tvm_sepconv.compiler.tuning.tune import Result
 
 
 def result(

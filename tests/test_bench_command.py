@@ -191,7 +191,7 @@ def test_metaschedule_is_tuned_before_the_contest(monkeypatch: pytest.MonkeyPatc
         tuned.append((case.config.name, case.target, threads, trials))
 
     pytest.importorskip("tvm")
-    from tvm_sepconv.compiler import search
+    from tvm_sepconv.compiler.tuning import search
 
     monkeypatch.setattr(metaschedule, "tune", tune)
     asked = nothing_measured(monkeypatch)

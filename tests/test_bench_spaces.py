@@ -14,8 +14,8 @@ import pytest
 from tvm_sepconv import cli, targets
 from tvm_sepconv.bench import spaces
 from tvm_sepconv.bench.spaces import OURS, THEIRS, Row, Spaces
-from tvm_sepconv.compiler import history, tune
-from tvm_sepconv.compiler.search import Progress
+from tvm_sepconv.compiler.tuning import history, tune
+from tvm_sepconv.compiler.tuning.search import Progress
 
 COUNTS = (2, 3, 6)
 

@@ -18,12 +18,13 @@ from rpc_fleet import KEY, Fleet
 
 import tvm_sepconv
 from tvm_sepconv import targets
-from tvm_sepconv.compiler import board, boards, build, measure
-from tvm_sepconv.compiler.board import Board, CandidateError, session, within
-from tvm_sepconv.compiler.boards import Boards
+from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.link import toolchain
-from tvm_sepconv.compiler.measure import RunnerError
 from tvm_sepconv.compiler.targets import cpu
+from tvm_sepconv.compiler.tuning import board, boards, measure
+from tvm_sepconv.compiler.tuning.board import Board, CandidateError, session, within
+from tvm_sepconv.compiler.tuning.boards import Boards
+from tvm_sepconv.compiler.tuning.measure import RunnerError
 from tvm_sepconv.config import KernelConfig
 from tvm_sepconv.tracker import Address, Tracker
 

@@ -13,7 +13,7 @@ import pytest
 from rpc_fleet import KEY, START_SECS, Fleet
 
 from tvm_sepconv import cli, targets
-from tvm_sepconv.compiler import logs
+from tvm_sepconv.compiler.tuning import logs
 
 HERE = [isa for isa in targets.runnable() if isa.startswith("x86_64")]
 pytestmark = pytest.mark.skipif(not HERE, reason="the servers here are x86 machines")

@@ -11,8 +11,8 @@ import pytest
 from command_line import refused
 
 from tvm_sepconv import bundle, cli, jit, reference, targets
-from tvm_sepconv.compiler import logs, measure
 from tvm_sepconv.compiler.targets import cpu
+from tvm_sepconv.compiler.tuning import logs, measure
 from tvm_sepconv.runtime import CompiledLayer
 from tvm_sepconv.workloads import workloads
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from fake_searches import ended, result
 
-from tvm_sepconv import display, searches
-from tvm_sepconv.compiler.search import Progress
-from tvm_sepconv.display import clock, microseconds, overview, summary
-from tvm_sepconv.live_table import CURVE_WIDTH, LiveTable, curve, foot, window
-from tvm_sepconv.searches import Task, Tuning
+from tvm_sepconv.commands import display, searches
+from tvm_sepconv.commands.display import clock, microseconds, overview, summary
+from tvm_sepconv.commands.live_table import CURVE_WIDTH, LiveTable, curve, foot, window
+from tvm_sepconv.commands.searches import Task, Tuning
+from tvm_sepconv.compiler.tuning.search import Progress
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from command_line import refused
 from rpc_fleet import KEY, Fleet, free_port
 
 from tvm_sepconv import cli, doctor, gpu, jit, targets
-from tvm_sepconv.compiler import boards_doctor, link, logs
+from tvm_sepconv.compiler import link
+from tvm_sepconv.compiler.tuning import boards_doctor, logs
 from tvm_sepconv.doctor import NOTE, OK, PROBLEM, WARNING, Finding
 from tvm_sepconv.tracker import Address
 

@@ -14,7 +14,7 @@ from command_line import refused
 import tvm_sepconv
 from tvm_sepconv import cli, targets
 from tvm_sepconv.commands import inspect
-from tvm_sepconv.compiler import logs
+from tvm_sepconv.compiler.tuning import logs
 
 
 @pytest.fixture(scope="module")

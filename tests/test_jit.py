@@ -23,7 +23,8 @@ from tvm_sepconv.config import KernelConfig, SepConvConfig
 
 pytest.importorskip("tvm")
 
-from tvm_sepconv.compiler import link, logs
+from tvm_sepconv.compiler import link
+from tvm_sepconv.compiler.tuning import logs
 
 CONFIG = SepConvConfig.parse(3, 2, 2, activation="relu")
 KERNEL = CONFIG.kernel_config(12)

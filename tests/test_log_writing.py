@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 from tuning_records import CONFIG, DECISIONS, TARGET, append, day, other, put, record
 
-from tvm_sepconv.compiler import log_writing, logs, records
-from tvm_sepconv.compiler.logs import Record
+from tvm_sepconv.compiler.tuning import log_writing, logs, records
+from tvm_sepconv.compiler.tuning.logs import Record
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,7 +18,7 @@ import pytest
 from tuning_records import CONFIG, DECISIONS, TARGET, append, day, other, put, record
 
 from tvm_sepconv import jit
-from tvm_sepconv.compiler import logs, records
+from tvm_sepconv.compiler.tuning import logs, records
 
 WITHOUT_BLOCK = {name: DECISIONS[name] for name in DECISIONS if name != "channel_block"}
 
@@ -333,7 +333,7 @@ def test_the_cache_key_follows_the_record_that_applies(folders: dict[str, Path])
 def test_a_lookup_needs_no_tvm(folders: dict[str, Path]) -> None:
     put(folders["chosen"], record())
     code = (
-        "import sys; from tvm_sepconv import jit; from tvm_sepconv.compiler import logs\n"
+        "import sys; from tvm_sepconv import jit; from tvm_sepconv.compiler.tuning import logs\n"
         "from tvm_sepconv.config import KernelConfig\n"
         f"config = KernelConfig.from_dict({CONFIG.to_dict()})\n"
         f"match = logs.lookup(config, {TARGET!r})\n"

@@ -15,7 +15,7 @@ from command_line import refused
 from tuning_records import DECISIONS, TARGET, append, day, other, put, record
 
 from tvm_sepconv import cli
-from tvm_sepconv.compiler import logs, records
+from tvm_sepconv.compiler.tuning import logs, records
 from tvm_sepconv.workloads import workloads
 
 QN_B1 = workloads()["QN-B1"].config().kernel_config(256)

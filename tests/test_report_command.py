@@ -25,8 +25,8 @@ from tvm_sepconv.bench import drawing
 from tvm_sepconv.bench.report import OURS as OUR_CALLS
 from tvm_sepconv.bench.table import us
 from tvm_sepconv.cli import main
-from tvm_sepconv.compiler.records import Record
 from tvm_sepconv.compiler.targets import cpu
+from tvm_sepconv.compiler.tuning.records import Record
 from tvm_sepconv.kernel_config import KernelConfig
 from tvm_sepconv.report import curves, decisions, found, page, times
 
@@ -59,7 +59,7 @@ def no_records(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the user's records and those of the package."""
     monkeypatch.setenv("TVM_SEPCONV_LOGS", "")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "none"))
-    monkeypatch.setattr("tvm_sepconv.compiler.logs.packaged", lambda: tmp_path / "none")
+    monkeypatch.setattr("tvm_sepconv.compiler.tuning.logs.packaged", lambda: tmp_path / "none")
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import pytest
 from tvm.s_tir import meta_schedule as ms
 from tvm_sepconv.compiler.schedules.cpu import Tiling
 
-from tvm_sepconv.compiler import history, logs, search, tune
-from tvm_sepconv.compiler.history import Trial, Writer, read_history
-from tvm_sepconv.compiler.search import Progress, Search
-from tvm_sepconv.compiler.space import Space, tiling_of
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning import history, logs, search, tune
+from tvm_sepconv.compiler.tuning.history import Trial, Writer, read_history
+from tvm_sepconv.compiler.tuning.search import Progress, Search
+from tvm_sepconv.compiler.tuning.space import Space, tiling_of
 from tvm_sepconv.config import KernelConfig
 
 TARGET = CpuTarget("x86_64-avx2")

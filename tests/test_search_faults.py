@@ -22,13 +22,14 @@ from tvm_sepconv.compiler.schedules.cpu import Tiling
 
 import tvm_sepconv
 from tvm_sepconv import targets
-from tvm_sepconv.compiler import build, builder, history, logs, measure, runner, tune
-from tvm_sepconv.compiler.history import Trial, Writer, read_history
+from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.link import toolchain
-from tvm_sepconv.compiler.runner import Local, here
-from tvm_sepconv.compiler.search import Progress
-from tvm_sepconv.compiler.space import tiling_of
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning import builder, history, logs, measure, runner, tune
+from tvm_sepconv.compiler.tuning.history import Trial, Writer, read_history
+from tvm_sepconv.compiler.tuning.runner import Local, here
+from tvm_sepconv.compiler.tuning.search import Progress
+from tvm_sepconv.compiler.tuning.space import tiling_of
 from tvm_sepconv.config import KernelConfig
 
 HERE = [isa for isa in targets.runnable() if isa.startswith("x86_64")]
@@ -230,7 +231,7 @@ def test_who_kills_a_builder_costs_no_candidate(
 SEARCH = """
 import sys
 from pathlib import Path
-from tvm_sepconv.compiler import tune
+from tvm_sepconv.compiler.tuning import tune
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.config import KernelConfig
 config = KernelConfig(channels=16, filters=32, kernel_size=5, activation="relu")

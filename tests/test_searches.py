@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from fake_searches import FakeTune
 
-from tvm_sepconv import searches
-from tvm_sepconv.compiler.measure import RunnerError
-from tvm_sepconv.compiler.tune import Result
-from tvm_sepconv.searches import Task, Tuning, interrupts, search
+from tvm_sepconv.commands import searches
+from tvm_sepconv.commands.searches import Task, Tuning, interrupts, search
+from tvm_sepconv.compiler.tuning.measure import RunnerError
+from tvm_sepconv.compiler.tuning.tune import Result
 
 
 def run(tuning: Tuning, *tunes: Callable[..., Any]) -> list[str]:
@@ -133,7 +133,7 @@ def test_a_signal_stops_the_search_that_runs_and_keeps_it() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_second_signal_ends_the_process(number: signal.Signals) -> None:
     code = (
-        "import os, threading\nfrom tvm_sepconv.searches import interrupts\n"
+        "import os, threading\nfrom tvm_sepconv.commands.searches import interrupts\n"
         "with interrupts(threading.Event(), silently=True):\n"
         f"    os.kill(os.getpid(), {number})\n    print('once', flush=True)\n"
         f"    os.kill(os.getpid(), {number})\n    print('twice', flush=True)\n"

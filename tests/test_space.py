@@ -14,9 +14,10 @@ from tvm.s_tir import Schedule
 from tvm_sepconv.compiler.schedules import arm, cpu, x86
 
 from tvm_sepconv import targets
-from tvm_sepconv.compiler import build, compute, measure
-from tvm_sepconv.compiler.space import Space, tiling_of
+from tvm_sepconv.compiler import build, compute
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning import measure
+from tvm_sepconv.compiler.tuning.space import Space, tiling_of
 from tvm_sepconv.config import KernelConfig
 from tvm_sepconv.workloads import workloads
 

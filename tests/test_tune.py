@@ -16,11 +16,12 @@ from tvm_sepconv.compiler.schedules import cpu
 
 import tvm_sepconv
 from tvm_sepconv import jit, reference, targets
-from tvm_sepconv.compiler import build, builder, logs, search, tune
-from tvm_sepconv.compiler.history import best_at, read_history
-from tvm_sepconv.compiler.search import Progress
-from tvm_sepconv.compiler.space import Space
+from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning import builder, logs, search, tune
+from tvm_sepconv.compiler.tuning.history import best_at, read_history
+from tvm_sepconv.compiler.tuning.search import Progress
+from tvm_sepconv.compiler.tuning.space import Space
 from tvm_sepconv.config import KernelConfig
 
 HERE = [isa for isa in targets.runnable() if isa.startswith("x86_64")]

@@ -21,8 +21,8 @@ import tvm_sepconv
 from tvm_sepconv import cli, gpu, targets
 from tvm_sepconv.bench import limits
 from tvm_sepconv.commands import tune as command
-from tvm_sepconv.compiler import boards, logs, tune
-from tvm_sepconv.compiler.measure import RunnerError
+from tvm_sepconv.compiler.tuning import boards, logs, tune
+from tvm_sepconv.compiler.tuning.measure import RunnerError
 from tvm_sepconv.workloads import workloads
 
 X86 = any(isa.startswith("x86_64") for isa in targets.runnable())

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tvm_sepconv.compiler.records import Record
+from tvm_sepconv.compiler.tuning.records import Record
 from tvm_sepconv.kernel_config import KernelConfig
 from tvm_sepconv.workloads import workloads
 

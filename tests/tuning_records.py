@@ -10,8 +10,8 @@ from typing import Any
 from tvm_sepconv.compiler.schedules import x86
 from tvm_sepconv.compiler.schedules.cpu import tilings
 
-from tvm_sepconv.compiler import logs
-from tvm_sepconv.compiler.logs import Record
+from tvm_sepconv.compiler.tuning import logs
+from tvm_sepconv.compiler.tuning.logs import Record
 from tvm_sepconv.config import KernelConfig
 
 TARGET = "x86_64-avx2"

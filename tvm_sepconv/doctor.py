@@ -202,7 +202,7 @@ def _folders() -> Iterator[Finding]:
     if version("apache-tvm") is None:
         return
     try:
-        folder = jit.compiler("tvm_sepconv.compiler.logs").writable()
+        folder = jit.compiler("tvm_sepconv.compiler.tuning.logs").writable()
         yield Finding(OK, "records", f"{folder} can be written")
     except OSError as error:
         yield Finding(PROBLEM, "records", "what is tuned cannot be recorded", str(error))

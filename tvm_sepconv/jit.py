@@ -30,7 +30,7 @@ from tvm_sepconv import bundle, targets
 from tvm_sepconv.config import KernelConfig
 
 if TYPE_CHECKING:
-    from tvm_sepconv.compiler.logs import Match
+    from tvm_sepconv.compiler.tuning.logs import Match
 
 LIBRARY = "layer.so"
 ENTRY = "entry.json"  # what it is for, and the other files' hashes
@@ -53,7 +53,7 @@ def library(config: KernelConfig, target: str | None = None) -> tuple[Path, Path
         If `target` is unknown or cannot run here.
     """
     name = _host_target(target)
-    logs = compiler("tvm_sepconv.compiler.logs")
+    logs = compiler("tvm_sepconv.compiler.tuning.logs")
     match = logs.lookup(config, name)  # which needs no TVM
     entry = cache_root() / _key(config, name, match)
     with _building:

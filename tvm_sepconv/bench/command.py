@@ -32,7 +32,7 @@ from tvm_sepconv.bench.sweep import Sweep
 from tvm_sepconv.subjects import Subject
 
 if TYPE_CHECKING:
-    from tvm_sepconv.compiler.search import Progress
+    from tvm_sepconv.compiler.tuning.search import Progress
 
 HELP = "measure layers beside other people's frameworks and the machine's limits"
 EPILOG = None

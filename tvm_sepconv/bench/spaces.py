@@ -19,7 +19,7 @@ from tvm_sepconv.bench.case import describe
 from tvm_sepconv.subjects import Subject
 
 if TYPE_CHECKING:
-    from tvm_sepconv.compiler.search import Progress
+    from tvm_sepconv.compiler.tuning.search import Progress
 
 # Long and short kernels, many and few steps, a dilation of 128: what layers differ in most.
 LAYERS = ("QN-B1", "QN-C2", "CN-21", "MB-1", "ET-enc", "CT-d128")
@@ -173,8 +173,8 @@ def _row(
     subject: Subject, target: str, threads: int, counts: Sequence[int], work_dir: Path, head: str,
     progress: Callable[[str], None],
 ) -> Row:  # fmt: skip
-    tune = jit.compiler("tvm_sepconv.compiler.tune").tune
-    history = jit.compiler("tvm_sepconv.compiler.history")
+    tune = jit.compiler("tvm_sepconv.compiler.tuning.tune").tune
+    history = jit.compiler("tvm_sepconv.compiler.tuning.history")
     chosen = jit.compiler("tvm_sepconv.compiler.targets").cpu(target)
     config = subject.config.kernel_config(subject.channels)
     best: dict[str, list[float | None]] = {}

@@ -64,7 +64,7 @@ def _findings(target: str | None, address: Address | None, key: str | None) -> I
             text = "measuring on boards needs the compiler here"
             yield Finding(PROBLEM, "boards", text, "pip install 'tvm-sepconv[compiler,tune]'")
         else:
-            examine = jit.compiler("tvm_sepconv.compiler.boards_doctor").examine
+            examine = jit.compiler("tvm_sepconv.compiler.tuning.boards_doctor").examine
             yield from examine(address, key, target)
 
 

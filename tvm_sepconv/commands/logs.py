@@ -14,8 +14,8 @@ from tvm_sepconv import targets
 from tvm_sepconv.commands import scope
 
 if TYPE_CHECKING:
-    from tvm_sepconv.compiler.log_writing import Change
-    from tvm_sepconv.compiler.records import Line, Record
+    from tvm_sepconv.compiler.tuning.log_writing import Change
+    from tvm_sepconv.compiler.tuning.records import Line, Record
 
 HELP = "show, merge and prune what tuning recorded"
 DESCRIPTION = (
@@ -68,8 +68,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> int:
-    from tvm_sepconv.compiler import logs
-    from tvm_sepconv.compiler.records import lines
+    from tvm_sepconv.compiler.tuning import logs
+    from tvm_sepconv.compiler.tuning.records import lines
 
     scope.use_logs(options.logs)
     folders = logs.folders()
@@ -96,7 +96,7 @@ def _logs_of(folders: Sequence[Path], target: str | None) -> list[Path]:
 
 
 def _wanted(line: Line, patterns: str | None) -> bool:
-    from tvm_sepconv.compiler.records import workload_id
+    from tvm_sepconv.compiler.tuning.records import workload_id
 
     if patterns is None or line.record is None:
         return patterns is None
@@ -107,7 +107,7 @@ def _wanted(line: Line, patterns: str | None) -> bool:
 
 def _state(line: Line) -> tuple[str, str]:
     """Whether the line's record is what its kernel is built with, and why not."""
-    from tvm_sepconv.compiler import logs
+    from tvm_sepconv.compiler.tuning import logs
 
     if line.record is None or line.problem:
         return SKIPPED, line.problem
@@ -121,7 +121,7 @@ def _state(line: Line) -> tuple[str, str]:
 
 
 def _plain(line: Line, state: str, why: str) -> dict[str, Any]:
-    from tvm_sepconv.compiler.records import workload_id
+    from tvm_sepconv.compiler.tuning.records import workload_id
 
     record = line.record
     return {
@@ -151,7 +151,7 @@ def _print_table(rows: Sequence[tuple[Line, str, str]]) -> None:
 
 
 def _cells(record: Record) -> tuple[str, ...]:
-    from tvm_sepconv.compiler.records import kernel_name
+    from tvm_sepconv.compiler.tuning.records import kernel_name
 
     return (
         kernel_name(record.config),
@@ -175,7 +175,7 @@ def _aligned(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from tvm_sepconv.compiler import log_writing
+    from tvm_sepconv.compiler.tuning import log_writing
 
     into: Path = options.into
     one = into.suffix == ".jsonl"
@@ -198,7 +198,7 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _source_lines(sources: Sequence[Path]) -> Iterator[Line]:
-    from tvm_sepconv.compiler.records import lines
+    from tvm_sepconv.compiler.tuning.records import lines
 
     for source in sources:
         if not source.exists():
@@ -209,7 +209,7 @@ def _source_lines(sources: Sequence[Path]) -> Iterator[Line]:
 
 def _unfit(line: Line, target: str | None) -> str:
     """Why a line of a source, whatever that is called, is of no use; "" if it is."""
-    from tvm_sepconv.compiler.records import tiling_of
+    from tvm_sepconv.compiler.tuning.records import tiling_of
 
     if line.record is None:
         return line.problem
@@ -223,7 +223,7 @@ def _unfit(line: Line, target: str | None) -> str:
 
 
 def _told(change: Change) -> str:
-    from tvm_sepconv.compiler.records import kernel_name
+    from tvm_sepconv.compiler.tuning.records import kernel_name
 
     record, other = change.record, change.other
     threads = f", {record.threads} threads" if record.threads != 1 else ""
@@ -248,7 +248,7 @@ def _figure(record: Record) -> str:
 
 
 def _prune(options: argparse.Namespace) -> int:
-    from tvm_sepconv.compiler import log_writing, logs
+    from tvm_sepconv.compiler.tuning import log_writing, logs
 
     days = options.older_than
     if days is not None and not days >= 0:

@@ -63,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
 def _measure(work_dir: Path, target: str | None) -> None:
     from tvm_sepconv.report import found
 
-    transfer = jit.compiler("tvm_sepconv.compiler.transfer")
+    transfer = jit.compiler("tvm_sepconv.compiler.tuning.transfer")
     records = found.records(target)
     for number, record in enumerate(records, 1):
         name = f"{found.name(record.config)} for {record.target}"

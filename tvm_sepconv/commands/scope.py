@@ -65,5 +65,5 @@ def use_logs(folder: str | None) -> None:
 
 def work_dir() -> Path:
     """Return where searches leave what they leave: work/ of a checkout, else of the cache."""
-    root: Path | None = jit.compiler("tvm_sepconv.compiler.logs").checkout()
+    root: Path | None = jit.compiler("tvm_sepconv.compiler.tuning.logs").checkout()
     return (root or jit.cache_root()) / "work"

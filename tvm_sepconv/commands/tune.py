@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from tvm_sepconv import display, gpu, jit, selection, targets
+from tvm_sepconv import gpu, jit, selection, targets
 from tvm_sepconv.bench import limits, timing
-from tvm_sepconv.commands import scope
-from tvm_sepconv.display import Display
+from tvm_sepconv.commands import display, scope
+from tvm_sepconv.commands.display import Display
+from tvm_sepconv.commands.searches import Task, Tuning, interrupts, search
 from tvm_sepconv.kernel_config import KernelConfig
-from tvm_sepconv.searches import Task, Tuning, interrupts, search
 from tvm_sepconv.subjects import Subject
 from tvm_sepconv.tracker import Address
 
@@ -86,7 +86,8 @@ def run(options: argparse.Namespace) -> int:
     here = options.rpc is None and options.replay is None
     own = options.space == "tvm_sepconv"
     if own and options.replay is None:
-        jit.compiler("tvm_sepconv.compiler.logs").writable()  # refused before an hour was spent
+        # Refused before an hour was spent.
+        jit.compiler("tvm_sepconv.compiler.tuning.logs").writable()
     tuning = Tuning(
         [_task(subject, config, options, target) for subject, config in kernels],
         deadline=time.monotonic() + 60 * options.minutes if options.minutes else math.inf,
@@ -140,7 +141,7 @@ def _tune(
     task: Task, tuning: Tuning, subject: Subject, config: KernelConfig, settings: dict[str, Any],
     show: Display,
 ) -> None:  # fmt: skip
-    tune = jit.compiler("tvm_sepconv.compiler.tune").tune
+    tune = jit.compiler("tvm_sepconv.compiler.tuning.tune").tune
     about = {"batch": subject.batch, "steps": subject.steps, "workload": subject.id}
     search(task, tuning, show.update, partial(tune, config, **about, **settings))
     show.end(task)
@@ -215,7 +216,7 @@ def _settings(options: argparse.Namespace, target: str, stack: ExitStack) -> dic
         address = Address.parse(options.rpc)
         if warning := address.warning():
             print(warning, file=sys.stderr)
-        boards = jit.compiler("tvm_sepconv.compiler.boards").Boards
+        boards = jit.compiler("tvm_sepconv.compiler.tuning.boards").Boards
         opened = boards(address, options.key, chosen, options.num_threads)
         settings["runner"] = stack.enter_context(opened)
     return settings
@@ -225,7 +226,7 @@ def _task(subject: Subject, config: KernelConfig, options: argparse.Namespace, t
     flops = config.flops(subject.batch, subject.config.out_steps(subject.steps))
     task = Task(subject.id, flops, options.trials, config.dtype == "float32")
     if options.space != "tvm_sepconv":
-        logs = jit.compiler("tvm_sepconv.compiler.logs")
+        logs = jit.compiler("tvm_sepconv.compiler.tuning.logs")
         match = logs.lookup(config, target, threads=options.num_threads)
         key = (options.num_threads, subject.batch, subject.steps)
         if match and (match.record.threads, match.record.batch, match.record.steps) == key:

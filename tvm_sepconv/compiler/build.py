@@ -15,11 +15,12 @@ import tvm
 import tvm_ffi.libinfo
 from tvm.s_tir import Schedule
 
-from tvm_sepconv.compiler import compute, logs
+from tvm_sepconv.compiler import compute
 from tvm_sepconv.compiler.link import Toolchain, toolchain
 from tvm_sepconv.compiler.schedules.cpu import Tiling, cost
 from tvm_sepconv.compiler.schedules.fused import fuse
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning import logs
 from tvm_sepconv.config import KernelConfig
 from tvm_sepconv.runtime import ABI
 

@@ -27,11 +27,12 @@ from tvm.s_tir.transform import RemoveWeightLayoutRewriteBlock
 
 from tvm_sepconv import bundle
 from tvm_sepconv.bench.machine import cpu_name
-from tvm_sepconv.compiler import build, measure
+from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.link import toolchain
 from tvm_sepconv.compiler.plain import arranged
 from tvm_sepconv.compiler.static import Shape, set_threads
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning import measure
 from tvm_sepconv.config import KernelConfig
 
 Array = npt.NDArray[Any]

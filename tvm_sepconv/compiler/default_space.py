@@ -25,19 +25,19 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.support.popen_pool import PopenPoolExecutor
 
-from tvm_sepconv.compiler.builder import Builder, processes
 from tvm_sepconv.compiler.default_library import Tuned as Tuned
 from tvm_sepconv.compiler.default_library import best as best
 from tvm_sepconv.compiler.default_library import describe, sample, write
 from tvm_sepconv.compiler.default_library import folder as folder
 from tvm_sepconv.compiler.default_library import keep as keep
-from tvm_sepconv.compiler.evolution import evolve
-from tvm_sepconv.compiler.history import Trial, Writer
 from tvm_sepconv.compiler.plain import workload
-from tvm_sepconv.compiler.runner import Local, apart
-from tvm_sepconv.compiler.search import SAMPLES, Progress
 from tvm_sepconv.compiler.static import Shape
 from tvm_sepconv.compiler.targets import CpuTarget, cpu
+from tvm_sepconv.compiler.tuning.builder import Builder, processes
+from tvm_sepconv.compiler.tuning.evolution import evolve
+from tvm_sepconv.compiler.tuning.history import Trial, Writer
+from tvm_sepconv.compiler.tuning.runner import Local, apart
+from tvm_sepconv.compiler.tuning.search import SAMPLES, Progress
 from tvm_sepconv.config import KernelConfig
 
 STRATEGY = "evolutionary"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tvm_sepconv.compiler.logs import Record
+    from tvm_sepconv.compiler.tuning.logs import Record
 
 COLUMNS = 3
 CLOSE = 1.05  # times its search's best

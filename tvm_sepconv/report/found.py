@@ -18,8 +18,8 @@ from tvm_sepconv.config import KernelConfig
 from tvm_sepconv.workloads import workloads
 
 if TYPE_CHECKING:
-    from tvm_sepconv.compiler.history import History, Trial
-    from tvm_sepconv.compiler.logs import Record
+    from tvm_sepconv.compiler.tuning.history import History, Trial
+    from tvm_sepconv.compiler.tuning.logs import Record
 
 OURS, METASCHEDULE = "tvm_sepconv", "metaschedule"  # design spaces, as histories name them
 
@@ -187,7 +187,7 @@ def read(work_dir: Path, bench_files: Sequence[Path], target: str | None) -> Fou
 
 def records(target: str | None) -> list[Record]:
     """Return the records that builds use, of one target or of all: of each key the first one."""
-    logs = jit.compiler("tvm_sepconv.compiler.logs")
+    logs = jit.compiler("tvm_sepconv.compiler.tuning.logs")
     result: dict[Any, Record] = {}
     for folder in logs.folders():
         for path in sorted(folder.glob("*.jsonl")):
@@ -204,13 +204,13 @@ def times_path(work_dir: Path, record: Record) -> Path:
 
 def name(config: KernelConfig) -> str:
     """A kernel for people: its id in the workload table, if it is there, and its shape."""
-    words: str = jit.compiler("tvm_sepconv.compiler.records").kernel_name(config)
+    words: str = jit.compiler("tvm_sepconv.compiler.tuning.records").kernel_name(config)
     return words
 
 
 def workload(config: KernelConfig) -> str:
     """The id of the published layer with this kernel; empty if there is none."""
-    known: str = jit.compiler("tvm_sepconv.compiler.records").workload_id(config)
+    known: str = jit.compiler("tvm_sepconv.compiler.tuning.records").workload_id(config)
     return known
 
 
@@ -222,7 +222,7 @@ def place(config: KernelConfig) -> tuple[int, str]:
 
 
 def _searches(work_dir: Path, damaged: list[str]) -> Iterator[Search]:
-    history = jit.compiler("tvm_sepconv.compiler.history")
+    history = jit.compiler("tvm_sepconv.compiler.tuning.history")
     for path in sorted(work_dir.rglob(history.NAME)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -19,7 +19,7 @@ from tvm_sepconv.report.found import METASCHEDULE, OURS, Found
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from tvm_sepconv.compiler.logs import Record
+    from tvm_sepconv.compiler.tuning.logs import Record
     from tvm_sepconv.report.found import Search, Times
 
 PAGE = "index.html"

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from tvm_sepconv.compiler.logs import Record
+    from tvm_sepconv.compiler.tuning.logs import Record
 
 READING = (
     "Left: a library's time over that of one with default decisions, called in alternation "

@@ -15,7 +15,7 @@ from tvm_sepconv.bench.case import Case, check
 from tvm_sepconv.bench.contestants import Prepared
 
 if TYPE_CHECKING:
-    from tvm_sepconv.compiler.search import Progress
+    from tvm_sepconv.compiler.tuning.search import Progress
 
 Array = npt.NDArray[Any]
 NEEDED = ("xgboost", "cloudpickle", "psutil")  # to search; a result is run without them
@@ -80,7 +80,7 @@ def tune(
             "pip install 'tvm-sepconv[tune]'"
         )
     space, kernel, sizes = _task(case, threads)
-    measure = jit.compiler("tvm_sepconv.compiler.measure")
+    measure = jit.compiler("tvm_sepconv.compiler.tuning.measure")
     weights = dict(zip(("depthwise", "pointwise", "bias"), case.weights, strict=False))
     work_dir.mkdir(parents=True, exist_ok=True)
     given = measure.Case(case.x, case.expected, case.allowed)

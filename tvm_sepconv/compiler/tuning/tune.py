@@ -17,15 +17,16 @@ import numpy as np
 
 from tvm_sepconv import jit
 from tvm_sepconv.bundle import RUNTIME
-from tvm_sepconv.compiler import build, default_space, history, logs, measure
-from tvm_sepconv.compiler.history import History, Trial, Writer
-from tvm_sepconv.compiler.measure import RunnerError
-from tvm_sepconv.compiler.runner import Runner, here, machine
+from tvm_sepconv.compiler import build, default_space
 from tvm_sepconv.compiler.schedules.cpu import Tiling
-from tvm_sepconv.compiler.search import Progress, Search
-from tvm_sepconv.compiler.space import Space
 from tvm_sepconv.compiler.static import Shape
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning import history, logs, measure
+from tvm_sepconv.compiler.tuning.history import History, Trial, Writer
+from tvm_sepconv.compiler.tuning.measure import RunnerError
+from tvm_sepconv.compiler.tuning.runner import Runner, here, machine
+from tvm_sepconv.compiler.tuning.search import Progress, Search
+from tvm_sepconv.compiler.tuning.space import Space
 from tvm_sepconv.config import KernelConfig
 
 FINALISTS = 3

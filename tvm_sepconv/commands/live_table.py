@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
-from tvm_sepconv.display import clock, first_failure, microseconds, summary
-from tvm_sepconv.searches import ENDED, Task, Tuning
+from tvm_sepconv.commands.display import clock, first_failure, microseconds, summary
+from tvm_sepconv.commands.searches import ENDED, Task, Tuning
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from tvm_sepconv import jit
 
 if TYPE_CHECKING:
-    from tvm_sepconv.compiler.search import Progress
-    from tvm_sepconv.compiler.tune import Result
+    from tvm_sepconv.compiler.tuning.search import Progress
+    from tvm_sepconv.compiler.tuning.tune import Result
 
 ENDED = ("done", "failed", "skipped", "not started")
 _STOPPING = b"Stopping after the trial that runs; once more ends it at once\n"
@@ -211,7 +211,7 @@ def search(
         update(task)
 
     update(task)
-    lost = jit.compiler("tvm_sepconv.compiler.measure").RunnerError
+    lost = jit.compiler("tvm_sepconv.compiler.tuning.measure").RunnerError
     try:
         result = tune(
             report=report,

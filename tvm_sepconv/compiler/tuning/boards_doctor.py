@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tvm_sepconv import targets
-from tvm_sepconv.compiler import build, measure
-from tvm_sepconv.compiler.boards import Boards
+from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.targets import cpu
+from tvm_sepconv.compiler.tuning import measure
+from tvm_sepconv.compiler.tuning.boards import Boards
 from tvm_sepconv.config import KernelConfig
 from tvm_sepconv.doctor import NOTE, OK, PROBLEM, WARNING, Finding
 from tvm_sepconv.tracker import Address, Tracker, need_key

@@ -23,14 +23,14 @@ from tvm.s_tir import Schedule
 from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.schedule import Trace
 
-from tvm_sepconv.compiler import builder
-from tvm_sepconv.compiler.evolution import Candidates, evolve
-from tvm_sepconv.compiler.history import Trial, Writer
-from tvm_sepconv.compiler.measure import RunnerError
-from tvm_sepconv.compiler.runner import Runner, apart
 from tvm_sepconv.compiler.schedules.cpu import Tiling
-from tvm_sepconv.compiler.space import Space, tiling_of
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning import builder
+from tvm_sepconv.compiler.tuning.evolution import Candidates, evolve
+from tvm_sepconv.compiler.tuning.history import Trial, Writer
+from tvm_sepconv.compiler.tuning.measure import RunnerError
+from tvm_sepconv.compiler.tuning.runner import Runner, apart
+from tvm_sepconv.compiler.tuning.space import Space, tiling_of
 
 BATCH = 8  # candidates between two lessons of the cost model
 SAMPLES = 15

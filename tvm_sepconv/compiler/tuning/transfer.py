@@ -9,10 +9,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tvm_sepconv.compiler import build, logs, measure
-from tvm_sepconv.compiler.records import Record, kernel_name, tiling_of
-from tvm_sepconv.compiler.runner import here
+from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.targets import cpu
+from tvm_sepconv.compiler.tuning import logs, measure
+from tvm_sepconv.compiler.tuning.records import Record, kernel_name, tiling_of
+from tvm_sepconv.compiler.tuning.runner import here
 
 ROUNDS = 41
 

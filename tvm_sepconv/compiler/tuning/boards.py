@@ -14,9 +14,9 @@ from pathlib import Path
 
 from tvm_sepconv.bundle import RUNTIME
 from tvm_sepconv.compiler import build
-from tvm_sepconv.compiler.board import CONNECT_SECS, CandidateError, brief, session, within
-from tvm_sepconv.compiler.measure import RunnerError, Task
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning.board import CONNECT_SECS, CandidateError, brief, session, within
+from tvm_sepconv.compiler.tuning.measure import RunnerError, Task
 from tvm_sepconv.tracker import Address, Server, Tracker, need_key
 
 WAIT_SECS = 60.0  # for a server that others have

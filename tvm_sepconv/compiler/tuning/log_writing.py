@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from tvm_sepconv.compiler.records import Line, Record, best, lines, survivors
+from tvm_sepconv.compiler.tuning.records import Line, Record, best, lines, survivors
 
 # What file systems without locks say. NFS asks for a descriptor open for writing, which no folder
 # has.

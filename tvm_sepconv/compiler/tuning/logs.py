@@ -18,9 +18,14 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
-from tvm_sepconv.compiler.log_writing import write as write
-from tvm_sepconv.compiler.records import LONG as LONG
-from tvm_sepconv.compiler.records import (
+from tvm_sepconv.compiler.schedules.cpu import (
+    Tiling,
+    fits,
+    legal,
+)
+from tvm_sepconv.compiler.tuning.log_writing import write as write
+from tvm_sepconv.compiler.tuning.records import LONG as LONG
+from tvm_sepconv.compiler.tuning.records import (
     UNITS,
     Line,
     kernel_name,
@@ -29,13 +34,8 @@ from tvm_sepconv.compiler.records import (
     warn_once,
     workload_id,
 )
-from tvm_sepconv.compiler.records import Record as Record
-from tvm_sepconv.compiler.records import read as read
-from tvm_sepconv.compiler.schedules.cpu import (
-    Tiling,
-    fits,
-    legal,
-)
+from tvm_sepconv.compiler.tuning.records import Record as Record
+from tvm_sepconv.compiler.tuning.records import read as read
 from tvm_sepconv.config import KernelConfig
 
 VARIABLE = "TVM_SEPCONV_LOGS"

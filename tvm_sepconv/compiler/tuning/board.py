@@ -20,8 +20,8 @@ from tvm import rpc
 
 from tvm_sepconv import targets
 from tvm_sepconv.bundle import RUNTIME
-from tvm_sepconv.compiler.measure import SAMPLE_SECS, Array, Case, Task
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning.measure import SAMPLE_SECS, Array, Case, Task
 from tvm_sepconv.tracker import Server
 
 CONNECT_SECS = 15.0

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
-from tvm_sepconv.searches import Task, Tuning
+from tvm_sepconv.commands.searches import Task, Tuning
 
 LINE_EVERY = 8  # trials, where nobody watches
 REASON_LINES = 12  # of an error that ended everything
@@ -35,7 +35,7 @@ def display(tuning: Tuning, stream: TextIO, quiet: bool = False) -> Iterator[Dis
     if quiet or not live(stream):
         yield Lines(tuning, stream, quiet)
         return
-    from tvm_sepconv.live_table import LiveTable
+    from tvm_sepconv.commands.live_table import LiveTable
 
     with LiveTable(tuning, stream) as table:
         yield table

@@ -16,7 +16,7 @@ from typing import Protocol
 from tvm.support.popen_pool import PopenWorker
 
 from tvm_sepconv.bench.machine import cpu_name
-from tvm_sepconv.compiler import measure
+from tvm_sepconv.compiler.tuning import measure
 
 RUN_LIMIT_SECS = 20.0  # for a library, beside the time that its calls may take
 FIRST_LIMIT_SECS = 120.0  # as long as nobody knows how long a call takes

@@ -20,8 +20,8 @@ from tvm.support.popen_pool import PopenPoolExecutor
 
 from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.schedules.cpu import Tiling
-from tvm_sepconv.compiler.space import tiling_of
 from tvm_sepconv.compiler.targets import CpuTarget, cpu
+from tvm_sepconv.compiler.tuning.space import tiling_of
 from tvm_sepconv.config import KernelConfig
 
 BUILD_LIMIT_SECS = 120
