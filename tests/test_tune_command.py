@@ -359,7 +359,8 @@ def started(tmp_path: Path, *arguments: str, **more: Any) -> subprocess.Popen[st
     """The command in a process of its own, with a line for every trial."""
     where = ["--logs", str(tmp_path / "mine"), "--work-dir", str(tmp_path / "work")]
     code = (
-        "import sys; from tvm_sepconv import cli, display; display.LINE_EVERY = 1; "
+        "import sys; from tvm_sepconv import cli; from tvm_sepconv.commands import display; "
+        "display.LINE_EVERY = 1; "
         "sys.exit(cli.main())"
     )
     return subprocess.Popen(

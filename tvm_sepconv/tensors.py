@@ -87,7 +87,13 @@ def way_back(value: Any) -> Callable[[Array], Any]:
     if type(value).__module__ == "torch":  # half the time of its from_dlpack
         return sys.modules["torch"].from_numpy  # type: ignore[no-any-return]
     if hasattr(value, "__array_namespace__"):
-        return value.__array_namespace__().from_dlpack  # type: ignore[no-any-return]
+        namespace = value.__array_namespace__()
+        # ml_dtypes' bfloat16, which is of this kind to NumPy, is not in its DLPack.
+        return lambda y: (
+            namespace.asarray(y, device=value.device)
+            if y.dtype.kind == "V"
+            else namespace.from_dlpack(y)
+        )
     root = sys.modules[type(value).__module__.partition(".")[0]]
     if root.__name__ == "tensorflow":
         return root.experimental.dlpack.from_dlpack  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ import numpy as np
 
 from tvm_sepconv import activations, layer, tensors
 from tvm_sepconv.config import SepConvConfig
+from tvm_sepconv.interop import jax_primitive
 
 # Keras gives no sign that a call is traced for a file, so the callers are looked at.
 _EXPORTERS = ("keras.src.export", "jax.experimental.jax2tf", "torch.onnx", "tf2onnx")
@@ -150,9 +151,7 @@ def _jax(own: SeparableConv1D, x: Any, *weights: Any) -> Any:
         on_cpu = all(device.platform == "cpu" for device in x.devices())
         if not on_cpu:
             return own._native(x, *weights)
-        # NumPy's DLPack has no bfloat16.
-        half = x.dtype == jax.numpy.bfloat16
-        return jax.numpy.asarray(own._run(np.asarray(x) if half else x, *weights))
+        return own._run(x, *weights)
     if jax.default_backend() != "cpu":
         return own._native(x, *weights)
 
@@ -160,59 +159,10 @@ def _jax(own: SeparableConv1D, x: Any, *weights: Any) -> Any:
     def compiled(*tensors: Any) -> Any:
         out = jax.eval_shape(own._native, *tensors)
         aval = jax.core.ShapedArray(out.shape, out.dtype)
-        return _jax_primitive().bind(*tensors, own=own, aval=aval)
+        return jax_primitive.bind(own._run, aval, tensors)
 
     compiled.defjvp(lambda primals, tangents: jax.jvp(own._native, primals, tangents))
     return compiled(x, *weights)
-
-
-@functools.cache
-def _jax_primitive() -> Any:
-    """The kernel as a primitive that calls back with NumPy arrays.
-
-    `jax.pure_callback` first makes JAX arrays of them, which needs a free thread of XLA's pool: on
-    one core, or with as many callbacks under way as there are cores, it waits for ever.
-    """
-    import jax
-    from jax.extend.core import Primitive
-    from jax.interpreters import batching, mlir
-
-    kernel = Primitive("tvm_sepconv_separable_conv1d")
-
-    def run(own: SeparableConv1D, *arrays: Any) -> Any:
-        return own._run(*map(np.asarray, arrays))
-
-    def lower(ctx: Any, *operands: Any, own: SeparableConv1D, aval: Any) -> Any:
-        result, _, _ = mlir.emit_python_callback(
-            ctx,
-            lambda *arrays: (run(own, *arrays),),
-            None,
-            list(operands),
-            ctx.avals_in,
-            ctx.avals_out,
-            has_side_effect=False,
-            returns_token=False,
-        )
-        return result
-
-    def batch(arguments: Any, axes: Any, *, own: SeparableConv1D, aval: Any) -> Any:
-        mapped = {
-            i: jax.numpy.moveaxis(a, axis, 0)
-            for i, (a, axis) in enumerate(zip(arguments, axes, strict=True))
-            if axis is not None
-        }
-
-        def one(parts: Any) -> Any:
-            given = [parts.get(i, a) for i, a in enumerate(arguments)]
-            return kernel.bind(*given, own=own, aval=aval)
-
-        return jax.lax.map(one, mapped), 0
-
-    kernel.def_impl(lambda *t, own, aval: jax.numpy.asarray(run(own, *t)))
-    kernel.def_abstract_eval(lambda *t, own, aval: aval)
-    mlir.register_lowering(kernel, lower, platform="cpu")
-    batching.primitive_batchers[kernel] = batch
-    return kernel
 
 
 def _tensorflow(own: SeparableConv1D, x: Any, *weights: Any) -> Any:
