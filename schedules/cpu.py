@@ -25,6 +25,16 @@ channels_first with strides: no   the compiler's gathers need    CN-1d 74 to 83 
 bounds tested in the inner tiles   no masks
 channels_first, 16 taps and more   a load that crosses a line     QN-B1 85, not 96 %: that is the
                                    takes two turns                bound; registers can't shift
+depthwise sums in local variables  no dead stores of their zeros  channels_first: QA-7 84 to
+(``local_sums``), 32 registers                                    90 %, QN-C1 76 to 79 %, SWW-2
+                                                                  50 to 58 %, rows counted anew
+                                                                  (below) included
+… 16 registers                     the same                       CN-1d on AVX2 59 to 26 %: the
+                                                                  matrix product spills; kept
+                                                                  for tuning only
+in place: rows counted from the    addresses without a            channels_last: QA-7 and CN-0
+tile's first, not padding - row    subtraction each               + 2 to 4 % in quiet runs
+taps left in a loop by LLVM        no spills with 16 registers    its options have no effect
 SSE4.2: 2 x 4, not 6 x 2           a broadcast costs a shuffle:   QN-B1 62 to 65 % of 57 GFLOP/s;
                                    fewer rows                     copies of registers, which
                                                                   SSE's two operands need, and

@@ -76,17 +76,7 @@ class Boards:
         """Nothing: no server is held between measurements."""
 
     def measure(self, task: Path, libraries: Sequence[str], rounds: int) -> list[list[float]]:
-        """Verify libraries, then time them in alternation, all on one server.
-
-        Parameters
-        ----------
-        task
-            What `measure.write_task` wrote.
-
-        Returns
-        -------
-        list
-            For each library, `rounds` samples of the seconds of one call.
+        """As `Runner.measure` says, all libraries on one server.
 
         Raises
         ------

@@ -24,7 +24,7 @@ _SLOWEST = 10  # times the fastest kernel so far
 
 
 class Runner(Protocol):
-    """A place to measure; `compiler.boards.Boards` is one, too."""
+    """A place to measure; `boards.Boards` is one, too."""
 
     @property
     def workers(self) -> int:
