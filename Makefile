@@ -8,6 +8,7 @@
 #   make bench                     time beside other frameworks; also WORKLOADS=QN-B1,QN-C1 THREADS=1,2 HTML=page.html JSON=figures.json
 #   make bench-setup               the frameworks, each into an environment of its own in this user's cache
 #   make bench-spaces              tune in our design space and in MetaSchedule's own, and compare; also WORKLOADS=QN-B1 TRIALS=16,32,64 JSON=spaces.json
+#   make gpu                       everything on this machine's GPU, 8 minutes at a time; without one it prepares build/gpu for a machine with one
 #   make report                    pages and pictures of what tuning found, into report/
 #   make wheel                     dist/*.whl
 #   make setup                     everything the above need, into .venv (each of them does its own part by itself)
@@ -35,7 +36,7 @@ comma := ,
 CLI = $(VENV)/bin/tvm-sepconv
 SCOPE = --target $(TARGET) $(if $(WORKLOADS),--workloads '$(WORKLOADS)')
 
-.PHONY: setup demo test test-all check tune build bench bench-setup bench-spaces report wheel clean
+.PHONY: setup demo test test-all check tune build bench bench-setup bench-spaces gpu report wheel clean
 setup: $(VENV)/.has-dev
 
 demo: $(VENV)/.has-demo
@@ -66,6 +67,13 @@ bench-setup: $(VENV)/.has-bench
 
 bench-spaces: $(VENV)/.has-tune
 	$(CLI) bench $(if $(WORKLOADS),'$(WORKLOADS)') --spaces $(or $(TRIALS),16,32,64) $(if $(THREADS),--threads $(THREADS)) $(if $(JSON),--json $(JSON))
+
+gpu: build/gpu/manifest.json
+	$(PYTHON) build/gpu
+
+build/gpu/manifest.json:
+	$(MAKE) $(VENV)/.has-tune
+	$(CLI) gpu prepare build/gpu
 
 report: $(VENV)/.has-tune
 	$(CLI) report --output report

@@ -39,8 +39,8 @@ SSE4.2: 2 x 4, not 6 x 2           a broadcast costs a shuffle:   QN-B1 62 to 65
                                    fewer rows                     copies of registers, which
                                                                   SSE's two operands need, and
                                                                   shuffles fill the front end
-SSE4.2: each element 4 times in    no shuffles: 91 % in a loop    75 %, from L2; not kept: four
-scratch                            inside L1                      times the scratch
+SSE4.2: each element 4 times in    no shuffles: 91 % in a loop    QN-B1 64 to 81 %, the 20 rows
+scratch, tiles of 6 x 2            inside L1                      49 to 68 % (geometric means)
 ================================== ============================== ===============================
 """
 
@@ -105,16 +105,25 @@ class Tiling:
 class VectorUnit:
     """What the schedule needs to know of an instruction set: vector length and registers.
 
-    ``broadcasts``: whether a number in memory becomes a vector without a shuffle.
+    ``broadcasts``: whether a number in memory becomes a vector without a shuffle. ``by_lane``:
+    whether a multiply-add takes one lane of a register as its factor for all lanes.
     """
 
     bytes: int
     registers: int
     broadcasts: bool = True
+    by_lane: bool = False
 
     def lanes(self, dtype: str) -> int:
         """Elements of `dtype` in one vector."""
         return self.bytes // (8 if dtype == "float64" else 4)
+
+    def spreads(self, config: KernelConfig) -> bool:
+        """Whether the intermediate is stored with each of its elements as a vector, once for all.
+
+        Else each would be shuffled into one for every register tile of filters.
+        """
+        return not self.broadcasts and config.data_format == "channels_last"
 
 
 L1_BYTES = 32 * 1024  # of most cores since 2010; newer ones have 48 KiB or 64
@@ -191,11 +200,11 @@ def _tilings_last(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[T
     # loop. A tile that is nearly square needs the fewest loads (4 x 4: 8 for 16 multiply-adds,
     # 8 x 2: 10).
     many = unit.registers > 16
-    wide = _divisor(panels, 4 if many or not unit.broadcasts else 2)
-    rows = {1: 8, 2: 6 if unit.broadcasts else 4, 3: 3, 4: 2}[wide]
-    if many:
-        rows = {1: 16, 2: 8, 3: 8, 4: 4}[wide]
-    long = 64 // rows * rows
+    wide = _divisor(panels, 4 if many else 2)
+    rows = {1: 8, 2: 6}.get(wide, 0)
+    if many:  # rows by lane take a register each
+        rows = ({1: 12, 2: 8, 3: 6, 4: 4} if unit.by_lane else {1: 16, 2: 8, 3: 8, 4: 4})[wide]
+    long = (64 if unit.broadcasts else 48) // rows * rows
     middle = max(16 // rows, 2) * rows
     while long > middle and _scratch(config, long, lanes) > SCRATCH_BYTES:
         long = max(long // 2 // rows * rows, middle)
@@ -219,18 +228,20 @@ def _with_blocks(
     # apart than the tile, each row is a stream of its own: fewer rows, more of each at a time.
     apart = config.effective_kernel > tile and config.kernel_size <= 4
     steps, deep = (8, 1) if unit.registers > 16 and not apart else (4, _divisor(groups, 2))
+    if not unit.broadcasts and not apart:  # few taps are all unrolled and keep their inputs
+        steps, deep = (12 if config.kernel_size > 8 else 4), 1
     if config.channels % lanes:
         block = groups  # the partial vector is copied by itself, once
     else:
         row_bytes = _copied(config, tile) * lanes * _element_bytes(config)
-        block = _block(groups, deep, L1_BYTES // row_bytes)
+        block = _block(groups, deep, L1_BYTES // row_bytes // (1 if unit.broadcasts else 2))
     return Tiling(
         step_tile=tile,
         register_tile=register_tile,
         depthwise_block=(math.gcd(steps, tile), deep),
         channel_block=block,
         in_place=_reads_in_place(config, tile),
-        local_sums=False,
+        local_sums=unit.by_lane,
     )
 
 
@@ -247,7 +258,8 @@ def _divisor(number: int, most: int) -> int:
 
 def _tilings_first(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[Tiling, ...]:
     rows = min(8 if unit.registers > 16 else 4, lanes, 1 << (config.filters - 1).bit_length())
-    channels = math.gcd(2, config.channels)
+    channels = math.gcd(4 if unit.by_lane else 2, config.channels)
+    wide = 4 if unit.by_lane else 2  # by lane, a vector of weights serves all rows
     long = max(64, 2 * lanes)
     while long > 2 * lanes and _scratch(config, long, lanes) > SCRATCH_BYTES:
         long //= 2
@@ -255,7 +267,7 @@ def _tilings_first(config: KernelConfig, unit: VectorUnit, lanes: int) -> tuple[
     return tuple(
         Tiling(
             step_tile=tile,
-            register_tile=(rows, min(2, tile // lanes)),
+            register_tile=(rows, min(wide, tile // lanes)),
             depthwise_block=(channels, min(4, tile // lanes)),
             channel_block=_block(config.channels, channels, L1_BYTES // row_bytes),
             in_place=_reads_in_place(config, tile),
@@ -293,7 +305,10 @@ def legal(config: KernelConfig, unit: VectorUnit, tiling: Tiling) -> bool:
     if min(tile, rows, vectors, block, deep, together) < 1 or tile > LONGEST_TILE:
         return False
     broadcast = 0 if unit.registers > 16 else 1
-    if max((rows + 1) * vectors, (block + 1) * deep) + broadcast > unit.registers:
+    operands = vectors + broadcast
+    if unit.by_lane and config.data_format == "channels_last":
+        operands = rows + min(vectors, 2)  # a vector of each row, and one of weights in advance
+    if max(rows * vectors + operands, (block + 1) * deep + broadcast) > unit.registers:
         return False
     if config.data_format == "channels_last":
         panels, groups = -(-config.filters // lanes), -(-config.channels // lanes)

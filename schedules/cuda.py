@@ -1,240 +1,179 @@
-"""CUDA: the layer as one kernel on the ordinary cores, in full float32.
+"""The CUDA family: its forms, and which of them and of their tilings serve a layer; plain Python.
 
-A thread block owns ``step_tile`` output steps of ``filter_tile`` filters of one sample (steps on
-``blockIdx.x``, filters on ``blockIdx.y``, batch on ``blockIdx.z``) and takes the channels in chunks
-of ``channel_tile``:
+=============== ==================================================================================
+form            what
+=============== ==================================================================================
+cores           one kernel on the ordinary cores, full float32 (`cuda_cores`)
+tensor_cores    one kernel on tensor cores: float16, bfloat16, and float32 where TF32 is allowed
+                (`cuda_tensor_cores`)
+two_kernels     `cores` in two launches, the depthwise results in memory between them
+                (`cuda_two_kernels`); for tuning and comparison, never a default
+=============== ==================================================================================
 
-1. ``pad``: the chunk's input rows with their halo, zeros outside the input, to shared memory;
-2. ``depthwise``: for one multiplier at a time, summed over the taps in a register and left in
-   shared memory, where every filter reads it;
-3. ``pointwise``: each thread adds the chunk to its own accumulators, all in registers;
-4. ``activation`` and ``output``: after the last chunk, bias and activation, stored as it is done.
-
-The 32 threads of a warp lie along the axis that is contiguous in memory, filters (channels_last)
-or steps (channels_first), so that their accesses to global memory coalesce.
-
-This is the plain form. Known to be missing, and with it most of the machine's speed: tensor cores
-(TF32, half precision), copies that overlap with arithmetic, pointwise weights staged in shared
-memory, moves wider than one element, a sliding window over the taps, and splitting the channels
-over blocks when batch and steps are few. It has been compiled and emulated, never timed.
+A library has up to two variants, for much and for little work; `choose` says which one runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV, SBlockRV
+from tvm_sepconv.compiler.schedules import cuda_cores, cuda_tensor_cores, cuda_two_kernels
+from tvm_sepconv.compiler.schedules.cuda_packing import CHANNELS, LANES, padded
 
-from tvm_sepconv.compiler.compute import MAX_STEP_TILE, padded
 from tvm_sepconv.config import KernelConfig
 
-LANES = 32
-"""Threads of a warp; weights are packed so that neighbouring threads read neighbouring filters."""
+if TYPE_CHECKING:
+    from tvm.tirx import PrimFunc
 
-SHARED_BYTES = 48 * 1024
-"""What every architecture gives a block without asking; more differs from one to the next."""
+FORMS: dict[str, Any] = {
+    "cores": cuda_cores,
+    "tensor_cores": cuda_tensor_cores,
+    "two_kernels": cuda_two_kernels,
+}
+"""The forms' modules by the name that records give them."""
+
+VARIANTS = ("long", "short")
+"""Names of the entries of `default_tilings`, by position."""
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """The decisions of the CUDA schedule, by name; records store exactly these.
+class Tiling(Protocol):
+    """What the tilings of all forms have."""
 
-    Parameters
-    ----------
-    step_tile, filter_tile
-        A block's outputs, each a multiple of `LANES`.
-    channel_tile
-        Channels that pass through shared memory at a time, a power of two.
-    warps
-        Warps of a block, a power of two up to 32 and at least ``step_tile`` / `LANES`.
-    stage_input
-        Whether the input rows go through shared memory, or every tap reads them where they are.
+    @property
+    def step_tile(self) -> int:
+        """Output steps of a block."""
+
+    @property
+    def filter_tile(self) -> int:
+        """Filters of a block."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a record, ``form`` among them."""
+
+
+def form_of(tiling: Tiling) -> Any:
+    """Return the module of a tiling's form."""
+    return FORMS[tiling.to_dict()["form"]]
+
+
+def tiling_from_dict(decisions: Mapping[str, Any]) -> Tiling:
+    """The tiling a record's decisions describe.
 
     Raises
     ------
     ValueError
-        If a number breaks its rule.
+        If the form is unknown, or a decision missing, unknown or of another type.
     """
-
-    step_tile: int
-    filter_tile: int
-    channel_tile: int
-    warps: int
-    stage_input: bool
-
-    def __post_init__(self) -> None:
-        for name, ok, rule in (
-            ("step_tile", self.step_tile in range(LANES, MAX_STEP_TILE + 1, LANES),
-             f"a multiple of {LANES} up to {MAX_STEP_TILE}"),
-            ("filter_tile", self.filter_tile > 0 and self.filter_tile % LANES == 0,
-             f"a multiple of {LANES}"),
-            ("channel_tile", _is_power(self.channel_tile), "a power of two"),
-            ("warps", self.step_tile / LANES <= self.warps <= 32 and _is_power(self.warps),
-             f"a power of two up to 32 and at least `step_tile` / {LANES}"),
-        ):  # fmt: skip
-            if not ok:
-                raise ValueError(
-                    f"The `{name}` decision must be {rule}. Received: {name}={getattr(self, name)}"
-                )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for a record."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, decisions: Mapping[str, Any]) -> Tiling:
-        """The tiling a record's decisions describe.
-
-        Raises
-        ------
-        ValueError
-            If a decision is missing or unknown: the record is of another schedule.
-        """
-        known = {field.name for field in fields(cls)}
-        if set(decisions) != known:
-            raise ValueError(
-                f"The schedule's decisions are {sorted(known)}. Received: {sorted(decisions)}"
-            )
-        numbers = {k: int(v) for k, v in decisions.items() if k != "stage_input"}
-        return cls(**numbers, stage_input=bool(decisions["stage_input"]))
+    form = FORMS.get(decisions.get("form", ""))
+    if form is None:
+        raise ValueError(
+            f"The `form` decision must be one of {sorted(FORMS)}. Received: {dict(decisions)}"
+        )
+    tiling: Tiling = form.Tiling.from_dict(decisions)
+    return tiling
 
 
-def _is_power(number: int) -> bool:
-    return number > 0 and number & (number - 1) == 0
+def default_tilings(
+    config: KernelConfig, allow_tf32: bool = False, arch: str = "sm_80"
+) -> tuple[Tiling, ...]:
+    """Return the tilings of a layer that nobody has tuned, the one for the most work first.
+
+    Raises
+    ------
+    ValueError
+        If no form computes in the layer's dtype on `arch`.
+    """
+    tilings: tuple[Tiling, ...] = _form(config, allow_tf32, arch).default_tilings(
+        config, allow_tf32, arch
+    )
+    return tilings
 
 
-def _channels(config: KernelConfig) -> int:
-    """The extent of the channels before the pointwise stage."""
-    last = config.data_format == "channels_last"
-    return padded(config.channels, LANES) if last else config.channels
+def candidates(
+    config: KernelConfig, allow_tf32: bool = False, arch: str = "sm_80"
+) -> tuple[Tiling, ...]:
+    """Return the tilings that tuning tries, the defaults first; errors as of `default_tilings`."""
+    form = _form(config, allow_tf32, arch)
+    tilings: tuple[Tiling, ...] = form.candidates(config, allow_tf32, arch)
+    if form is cuda_cores:
+        tilings += cuda_two_kernels.candidates(config, allow_tf32, arch)
+    return tilings
+
+
+def _form(config: KernelConfig, allow_tf32: bool, arch: str) -> Any:
+    half = config.dtype in ("float16", "bfloat16")
+    capable = int(arch.removeprefix("sm_")) >= cuda_tensor_cores.MINIMUM_CAPABILITY
+    return cuda_tensor_cores if half or (allow_tf32 and capable) else cuda_cores
+
+
+def refusal(config: KernelConfig, allow_tf32: bool, arch: str, tiling: Tiling) -> str | None:
+    """Return why `tiling` cannot serve the layer on `arch`, None where it can."""
+    reason: str | None = form_of(tiling).refusal(config, allow_tf32, arch, tiling)
+    return reason
 
 
 def shared_bytes(config: KernelConfig, tiling: Tiling) -> int:
     """Return the shared memory a block takes at most, in bytes."""
-    stride, halo = config.strides, config.effective_kernel - 1
-    if config.data_format == "channels_last":
-        rows = (tiling.step_tile - 1) * stride + halo + 1
-    else:  # split by phase of the stride, every phase as long as the longest
-        rows = min(stride, halo + 1) * (tiling.step_tile + halo // stride)
-    channels = min(tiling.channel_tile, _channels(config))
-    # Where nothing stops it TVM gives every thread work in the last round.
-    staged = padded(rows * channels, tiling.warps * LANES) * tiling.stage_input
-    return 4 * (staged + tiling.step_tile * channels)
+    return int(form_of(tiling).shared_bytes(config, tiling))
 
 
-def default_tiling(config: KernelConfig) -> Tiling:
-    """Return the tiling of a layer that nobody has tuned.
+def functions(config: KernelConfig, tiling: Tiling, aligned: bool) -> dict[str, PrimFunc]:
+    """Return the scheduled kernels of one variant by name, in the order of their launches.
 
-    64 steps by up to 128 filters on eight warps are at most 32 accumulators a thread, a quarter of
-    the registers with which two blocks share a multiprocessor. Filters are taken as wide as that
-    allows, because every block beside the first repeats the depthwise stage, and only whole, so
-    that no thread of the inner loops stands idle.
-
-    Shared memory decides the rest. 32 channels fill a warp; 16 and 8 still read whole sectors of 32
-    bytes, so they come before a shorter step tile, which shares the halo among fewer steps. A
-    halo that fits no way (some 1400 rows) is read where it is.
+    `aligned` is the variant of 16-byte moves: see `can_align`.
     """
-    panels = -(-config.filters // LANES)
-    width = next(n for n in (4, 3, 2, 1) if panels % n == 0) * LANES
-    most = 1 << (_channels(config).bit_length() - 1)  # a power of two, and no more than there are
-    sizes = [(steps, min(most, channels)) for steps in (64, 32) for channels in (32, 16, 8)]
-    tilings = [
-        Tiling(steps, width, channels, warps=min(8, steps * channels // LANES), stage_input=stage)
-        for stage in (True, False)
-        for steps, channels in sizes
-    ]
-    return next(t for t in tilings if shared_bytes(config, t) <= SHARED_BYTES)
+    kernels: dict[str, PrimFunc] = form_of(tiling).functions(config, tiling, aligned)
+    return kernels
 
 
-def fuse(sch: Schedule, config: KernelConfig, tiling: Tiling) -> Schedule:
-    """Apply the fused schedule to ``sepconv1d(config, LANES, ragged=step_tile/LANES)``, in place.
+def launch_bounds(source: str, kernel: str, tiling: Tiling) -> str:
+    """Write a tiling's blocks of a multiprocessor into its kernel's ``__launch_bounds__``.
 
-    Raises
-    ------
-    ValueError
-        If the depthwise tile of a chunk does not give every thread the same number of elements.
+    TVM 0.27 knows the threads only, and nvcc may then give them more registers than let so many
+    blocks stay.
     """
-    tile = tiling.step_tile * min(tiling.channel_tile, _channels(config))
-    # Not only for speed: where a warp has none of them, TVM 0.27 leaves out a barrier.
-    if tile % (tiling.warps * LANES):
-        raise ValueError(
-            f"{tiling.warps * LANES} threads cannot share the {tile} depthwise results of a chunk "
-            f"evenly; lower `warps`. Received: {tiling} for {_channels(config)} channels"
-        )
-    pad, depthwise, pointwise, activation, output = (
-        sch.get_sblock(n) for n in ("pad", "depthwise", "pointwise", "activation", "output")
-    )
-    bind = _bind_last if config.data_format == "channels_last" else _bind_first
-    thread = bind(sch, output, tiling)
-    for block in (activation, pointwise):
-        sch.set_scope(block, 0, "local")
-        sch.compute_at(block, thread, preserve_unit_loops=True)
-    *_, multiplier, channel = sch.get_loops(pointwise)
-    axes = 4 if config.data_format == "channels_last" else 5
-    outputs = sch.get_loops(activation)[-axes:]  # one thread's part of the axes
-    accumulators = sch.get_loops(pointwise)[-axes - 2 : -2]
-    chunk, channel = sch.split(channel, [None, tiling.channel_tile])
-    sch.reorder(chunk, multiplier, channel, *accumulators)
-
-    sch.set_scope(depthwise, 0, "shared")
-    copy = sch.cache_write(depthwise, 0, "local")
-    sch.compute_at(depthwise, _share_out(sch, copy, multiplier, tiling), preserve_unit_loops=True)
-    if tiling.stage_input:
-        sch.set_scope(pad, 0, "shared")
-        _share_out(sch, pad, chunk, tiling)
-    else:
-        sch.compute_inline(pad)
-
-    *_, tap = sch.get_loops(depthwise)
-    sch.decompose_reduction(depthwise, tap)
-    cleared = sch.get_loops(sch.decompose_reduction(pointwise, chunk))[-axes:]
-    # Registers have no addresses: every index into the accumulators must be a constant.
-    for loop in (*cleared, *accumulators, *outputs, sch.get_loops(output)[-1]):
-        sch.unroll(loop)
-    return sch
+    blocks = getattr(tiling, "blocks", 1)
+    old = f"__launch_bounds__({{}}) {kernel}("
+    for threads in range(LANES, 1024 + 1, LANES) if blocks > 1 else ():
+        new = f"__launch_bounds__({threads}, {blocks}) {kernel}("
+        source = source.replace(old.format(threads), new)
+    return source
 
 
-def _bind_last(sch: Schedule, output: SBlockRV, tiling: Tiling) -> LoopRV:
-    """Lay warps along steps and their threads along filters; return the loop of one thread."""
-    batch, step, filter_ = sch.get_loops(output)
-    tile, warp, row = sch.split(step, [None, tiling.warps, tiling.step_tile // tiling.warps])
-    group, panel, lane = sch.split(filter_, [None, tiling.filter_tile // LANES, LANES])
-    sch.reorder(batch, group, tile, panel, warp, lane, row)
-    return _bind(sch, batch, group, tile, panel, warp, lane)
+def packing(config: KernelConfig, allow_tf32: bool = False) -> dict[str, Any]:
+    """Return how a library wants its weights packed, whatever its forms: see `packed_shapes`."""
+    half = config.dtype in ("float16", "bfloat16")
+    return {
+        "lanes": LANES,
+        "channels": padded(config.channels, CHANNELS),
+        "dtype": config.dtype if half else "float32",
+    }
 
 
-def _bind_first(sch: Schedule, output: SBlockRV, tiling: Tiling) -> LoopRV:
-    """Lay warps along filters and their threads along steps; return the loop of one thread."""
-    batch, filter_, step = sch.get_loops(output)
-    rows = LANES // tiling.warps
-    factors = [None, tiling.filter_tile // LANES, tiling.warps, rows]
-    group, panel, warp, row = sch.split(filter_, factors)
-    tile, column, lane = sch.split(step, [None, tiling.step_tile // LANES, LANES])
-    sch.reorder(batch, group, tile, panel, column, warp, lane, row)
-    sch.bind(column, "vthread.y")
-    return _bind(sch, batch, group, tile, panel, warp, lane)
+def can_align(config: KernelConfig) -> bool:
+    """Whether a variant of 16-byte moves exists.
+
+    It may be called where input, output, and their strides along batch and rows are multiples of
+    16 bytes, in channels_first the output steps too.
+    """
+    vector = 16 // {"float16": 2, "bfloat16": 2}.get(config.dtype, 4)
+    if config.data_format == "channels_first":
+        return True
+    return config.channels % vector == 0 and config.filters % vector == 0
 
 
-def _bind(sch: Schedule, *loops: LoopRV) -> LoopRV:
-    # Virtual threads give a thread elements 32 apart, so that a warp's elements lie side by side.
-    axes = ("blockIdx.z", "blockIdx.y", "blockIdx.x", "vthread.x", "threadIdx.y", "threadIdx.x")
-    for loop, axis in zip(loops, axes, strict=True):
-        sch.bind(loop, axis)
-    return loops[-1]
-
-
-def _share_out(sch: Schedule, block: SBlockRV, under: LoopRV, tiling: Tiling) -> LoopRV:
-    """Compute `block` under a loop with the whole thread block; return the loop of one thread."""
-    axes = len(sch.get_loops(block))
-    sch.compute_at(block, under, preserve_unit_loops=True)
-    *outer, lane = sch.get_loops(block)[-axes:]
-    if sch.get(lane).extent == LANES:  # fused, it is no longer found where warps do not divide
-        _, warp = sch.split(sch.fuse(*outer), [None, tiling.warps])
-    else:
-        _, warp, lane = sch.split(sch.fuse(*outer, lane), [None, tiling.warps, LANES])
-    sch.bind(warp, "threadIdx.y")
-    sch.bind(lane, "threadIdx.x")
-    return lane
+def choose(
+    config: KernelConfig,
+    tilings: Sequence[Tiling],
+    batch: int,
+    out_steps: int,
+    multiprocessors: int = 132,
+) -> int:
+    """Return which tiling a library runs: the first that has a block for every multiprocessor."""
+    filters = padded(config.filters, LANES)
+    for number, tiling in enumerate(tilings):
+        blocks = batch * -(-out_steps // tiling.step_tile) * -(-filters // tiling.filter_tile)
+        if blocks >= multiprocessors:
+            return number
+    return len(tilings) - 1

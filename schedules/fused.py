@@ -19,25 +19,26 @@ from __future__ import annotations
 
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
-from tvm_sepconv.compiler.schedules.cpu import Tiling
+from tvm_sepconv.compiler.schedules.cpu import Tiling, VectorUnit
 
 from tvm_sepconv.config import KernelConfig
 
 
 def fuse(
-    sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling, interior: bool = False
+    sch: Schedule, config: KernelConfig, unit: VectorUnit, tiling: Tiling, interior: bool = False
 ) -> Schedule:
-    """Apply the fused schedule to ``sepconv1d(config, lanes, interior)``, in place."""
+    """Apply the fused schedule to ``sepconv1d(config, lanes, interior)`` of that unit, in place."""
     if config.data_format == "channels_last":
-        _fuse_last(sch, config, lanes, tiling, interior)
+        _fuse_last(sch, config, unit, tiling, interior)
     else:
-        _fuse_first(sch, config, lanes, tiling, interior)
+        _fuse_first(sch, config, unit, tiling, interior)
     return sch
 
 
 def _fuse_last(
-    sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling, interior: bool
+    sch: Schedule, config: KernelConfig, unit: VectorUnit, tiling: Tiling, interior: bool
 ) -> None:
+    lanes, registers = unit.lanes(config.accumulation_dtype), _registers(unit)
     depthwise, pointwise, activation, output = _stages(sch)
     rows, vectors = tiling.register_tile
     batch, step, filter_ = sch.get_loops(output)
@@ -51,14 +52,25 @@ def _fuse_last(
         sch.compute_at(activation, block, preserve_unit_loops=True)
         unroll(sch, sch.get_loops(activation)[-3:-1], sch.get_loops(activation)[-1])
     sch.compute_at(pointwise, block, preserve_unit_loops=True)
-    sch.set_scope(pointwise, 0, "local")
-    sch.compute_at(depthwise, tile, preserve_unit_loops=True)
+    sch.set_scope(pointwise, 0, registers)
+    stage = sch.get_sblock("spread") if unit.spreads(config) else depthwise
+    sch.compute_at(stage, tile, preserve_unit_loops=True)
     *_, row, panel, lane, multiplier, channel = sch.get_loops(pointwise)
-    sch.reorder(multiplier, channel, row, panel, lane)
+    if unit.by_lane:
+        group, channel = sch.split(channel, [None, lanes])
+        sch.reorder(multiplier, group, channel, row, panel, lane)
+        load_lanes(sch, pointwise, 0, group)
+        sch.unroll(channel)
+    else:
+        sch.reorder(multiplier, channel, row, panel, lane)
     accumulate(sch, pointwise, multiplier, [row, panel], lane)
     groups = -(-config.channels // lanes)
     together = groups if interior else tiling.channel_block  # nothing is copied: rows as they lie
-    channels = depthwise_last(sch, depthwise, lanes, tiling, together)
+    taps = taps_together(config) if unit.by_lane else 1
+    if unit.spreads(config):
+        channels = _spread_last(sch, stage, depthwise, lanes, tiling, together)
+    else:
+        channels = depthwise_last(sch, depthwise, lanes, tiling, together, taps, registers)
     if interior:
         return
     pad = sch.get_sblock("pad")
@@ -68,26 +80,59 @@ def _fuse_last(
 
 
 def depthwise_last(
-    sch: Schedule, block: SBlockRV, lanes: int, tiling: Tiling, together: int
+    sch: Schedule,
+    block: SBlockRV,
+    lanes: int,
+    tiling: Tiling,
+    together: int,
+    taps: int = 1,
+    registers: str = "local",
 ) -> LoopRV:
-    """Returns the loop over channel blocks, `together` vectors of channels each."""
+    """Returns the loop over channel blocks, `together` vectors of channels each.
+
+    `taps` at a time are unrolled, to share the inputs that they have in common.
+    """
     steps, vectors = tiling.depthwise_block
     *_, step, multiplier, channel, tap = sch.get_loops(block)
+    tap, *few = sch.split(tap, [None, taps]) if taps > 1 else [tap]
     blocks, row = sch.split(step, [None, steps])
     # The pointwise stage reads the real channels only; computing the padding lanes of the last
     # vector as well is what keeps the loop free of a predicate. The scratch has room for them.
     factors = [None, together // vectors, vectors, lanes]
     outer, groups, vector, lane = sch.split(channel, factors, disable_predication=True)
-    sch.reorder(outer, blocks, multiplier, groups, tap, row, vector, lane)
+    sch.reorder(outer, blocks, multiplier, groups, tap, *few, row, vector, lane)
     if tiling.local_sums:
-        sums_apart(sch, block, groups, [row, vector])
+        sums_apart(sch, block, groups, [row, vector], registers)
     accumulate(sch, block, tap, [row, vector], lane)
+    for loop in few:
+        sch.unroll(loop)
+    return outer
+
+
+def _spread_last(
+    sch: Schedule, block: SBlockRV, depthwise: SBlockRV, lanes: int, tiling: Tiling, together: int
+) -> LoopRV:
+    """Like `depthwise_last`, but each sum is stored as a whole vector of itself."""
+    steps, vectors = tiling.depthwise_block
+    *_, step, multiplier, channel, copy = sch.get_loops(block)
+    blocks, row = sch.split(step, [None, steps])
+    factors = [None, together // vectors, vectors, lanes]
+    outer, groups, vector, lane = sch.split(channel, factors, disable_predication=True)
+    sch.reorder(outer, blocks, multiplier, groups, row, vector, lane, copy)
+    sch.compute_at(depthwise, groups, preserve_unit_loops=True)
+    sch.set_scope(depthwise, 0, "local")
+    *_, sums, _, channel, tap = sch.get_loops(depthwise)
+    column, sum_lane = sch.split(channel, [vectors, lanes])
+    sch.reorder(tap, sums, column, sum_lane)
+    accumulate(sch, depthwise, tap, [sums, column], sum_lane)
+    unroll(sch, [row, vector, lane], copy)
     return outer
 
 
 def _fuse_first(
-    sch: Schedule, config: KernelConfig, lanes: int, tiling: Tiling, interior: bool
+    sch: Schedule, config: KernelConfig, unit: VectorUnit, tiling: Tiling, interior: bool
 ) -> None:
+    lanes, registers = unit.lanes(config.accumulation_dtype), _registers(unit)
     depthwise, pointwise, activation, output = _stages(sch)
     rows, vectors = tiling.register_tile
     batch, filter_, step, *inner = sch.get_loops(output)
@@ -105,10 +150,12 @@ def _fuse_first(
     if not ragged:
         unroll(sch, [row, vector], *inner)
     sch.compute_at(pointwise, column, preserve_unit_loops=True)
-    sch.set_scope(pointwise, 0, "local")
+    sch.set_scope(pointwise, 0, registers)
     sch.compute_at(depthwise, tile, preserve_unit_loops=True)
     *_, panel, row, vector, lane, multiplier, channel = sch.get_loops(pointwise)
     sch.reorder(multiplier, channel, panel, row, vector, lane)
+    if unit.by_lane:
+        load_lanes(sch, pointwise, 1, channel)
     accumulate(sch, pointwise, multiplier, [panel, row, vector], lane)
     channels, vectors = tiling.depthwise_block
     *_, multiplier, channel, step, lane, tap = sch.get_loops(depthwise)
@@ -117,8 +164,10 @@ def _fuse_first(
     blocks, groups, row = sch.split(channel, [None, together // channels, channels])
     columns, vector = sch.split(step, [None, vectors])
     sch.reorder(blocks, multiplier, groups, columns, tap, row, vector, lane)
+    if unit.by_lane and channels > 1:
+        load_lanes(sch, depthwise, 1, tap)
     if tiling.local_sums:
-        sums_apart(sch, depthwise, columns, [row, vector])
+        sums_apart(sch, depthwise, columns, [row, vector], registers)
     accumulate(sch, depthwise, tap, [row, vector], lane)
     if not in_place:
         pad = sch.get_sblock("pad")
@@ -147,9 +196,30 @@ def unroll(sch: Schedule, loops: list[LoopRV], *inner: LoopRV) -> None:
     sch.vectorize(lane)
 
 
-def sums_apart(sch: Schedule, block: SBlockRV, outside: LoopRV, tile: list[LoopRV]) -> None:
+def load_lanes(sch: Schedule, block: SBlockRV, operand: int, outside: LoopRV) -> None:
+    """Load an operand as vectors once a turn of `outside`, for products with one of their lanes."""
+    load = sch.cache_read(block, operand, "global")
+    sch.compute_at(load, outside, preserve_unit_loops=True)
+    *_, lane = loops = sch.get_loops(load)
+    unroll(sch, loops[-3:-1], lane)
+
+
+def taps_together(config: KernelConfig) -> int:
+    """Taps to unroll, which must divide them all; LLVM itself unrolls a few of them."""
+    return next((n for n in (3, 4, 5, 2) if config.kernel_size % n == 0), 1)
+
+
+def _registers(unit: VectorUnit) -> str:
+    # What is "global" and small TVM keeps on the stack, where LLVM takes it apart into registers.
+    # "local" buffers are workspace: registers too, but their last values are stored.
+    return "global" if unit.by_lane else "local"
+
+
+def sums_apart(
+    sch: Schedule, block: SBlockRV, outside: LoopRV, tile: list[LoopRV], registers: str
+) -> None:
     """Sum in variables of their own, and store a whole register tile once a turn of `outside`."""
-    store = sch.cache_write(block, 0, "local")
+    store = sch.cache_write(block, 0, registers)
     sch.reverse_compute_at(store, outside, preserve_unit_loops=True)
     *_, lane = loops = sch.get_loops(store)
     unroll(sch, loops[-len(tile) - 1 : -1], lane)

@@ -2,13 +2,13 @@
 
 For channels_last; `cpu.tilings` derives the variants from these numbers. Accumulators of the
 pointwise stage live in registers: rows x vectors of them, beside one vector of weights per column
-and the broadcast of one element per row. SSE has to shuffle for a broadcast and, with two operands,
-to copy a register for a product: few rows, small tiles.
+and the broadcast of one element per row. SSE would have to shuffle for a broadcast, once for every
+register tile of filters: there the depthwise stage stores each element as a vector of itself.
 
 ======== ========= ===== ===========================================================
 ISA      registers lanes register tile (rows x vectors)
 ======== ========= ===== ===========================================================
-SSE4.2   16        4     2 x 4, 3 x 3, 4 x 2 or 8 x 1: 8 or 9 accumulators, weights, products
+SSE4.2   16        4     6 x 2 or 8 x 1: 12 accumulators, 2 weights, 1 spread element, 1 product
 AVX2     16        8     6 x 2 or 8 x 1: 12 accumulators, 2 weights, 1 broadcast
 AVX-512  32        16    4 x 4, 8 x 3, 8 x 2 or 16 x 1: whichever divides the filters
 ======== ========= ===== ===========================================================

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import tempfile
+from collections import Counter
+from collections.abc import Generator
+from typing import Any
 
+import cuda_counts
 import hypothesis
 import pytest
+from gpu_machine import emulated_gpus, gpus  # noqa: F401  # fixtures
+
+from tvm_sepconv import gpu
 
 # Before any test module is imported: keras and jax read these once, and a person's keras.json,
 # cached libraries or tuned records must not decide what a test sees.
@@ -23,23 +29,53 @@ for _name in [name for name in os.environ if name.startswith("TVM_SEPCONV_")]:
 hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("tests")
 
-
-def _has_gpu() -> bool:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    count = ctypes.c_int(0)
-    return (
-        driver.cuInit(0) == 0
-        and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-        and count.value > 0
-    )
+_cuda: Counter[str] = Counter()  # of the whole run, in the process that reports it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what is marked `cuda` where there is no GPU."""
     marked = [item for item in items if item.get_closest_marker("cuda")]
-    if marked and not _has_gpu():
+    if marked and (reason := gpu.missing()):
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+            item.add_marker(pytest.mark.skip(reason=f"needs an NVIDIA GPU: {reason}"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    """Give the report what was counted, so that it reaches the process that reports."""
+    outcome = yield
+    report = outcome.get_result()
+    counts = cuda_counts.taken()
+    if item.get_closest_marker("cuda") and (report.when == "call" or report.skipped):
+        counts["skipped" if report.skipped else "run"] = 1
+    report.user_properties.append(("cuda", counts))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Add up, also what other processes counted."""
+    for name, counts in report.user_properties:
+        if name == "cuda":
+            _cuda.update(counts)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fail a run that had a GPU and tests for it, none of which ran."""
+    if _cuda["skipped"] and not _cuda["run"] and gpu.missing() is None:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say what was done with CUDA kernels."""
+    if not _cuda.total():
+        return
+    emulated, compiled, run, skipped = (
+        _cuda[name] for name in ("emulated", "compiled", "run", "skipped")
+    )
+    terminalreporter.write_line(
+        f"CUDA: {emulated} kernels emulated, {compiled} compiled by nvcc; {run} tests run on a "
+        f"GPU, {skipped} not"
+    )
+    if skipped and not run and gpu.missing() is None:
+        terminalreporter.write_line(
+            "This machine has a GPU, and no test ran on it: the run fails", red=True
+        )

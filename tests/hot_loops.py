@@ -60,7 +60,8 @@ class Kernel:
     @property
     def pointwise(self) -> Stage:
         rows, vectors = self.tiling.register_tile
-        return Stage(rows, vectors, self.config.mid_channels, rows, None)
+        broadcasts = 0 if self.unit.spreads(self.config) else rows
+        return Stage(rows, vectors, self.config.mid_channels, broadcasts, None)
 
     @property
     def depthwise(self) -> Stage:
@@ -90,7 +91,11 @@ class Kernel:
 
     def stage_of(self, found: Work) -> Stage | None:
         """The stage that is all a loop does."""
-        return next((s for s in (self.pointwise, self.depthwise) if self.steps(s, found)), None)
+        fitting = {s: n for s in (self.pointwise, self.depthwise) if (n := self.steps(s, found))}
+        # As many sums in both, and no broadcasts in either: they differ in what they load.
+        return min(
+            fitting, key=lambda s: abs(s.loads(fitting[s]) - found.vector_loads), default=None
+        )
 
     def does(self, stage: Stage) -> bool:
         """Whether some loop computes `stage`, by itself or among others."""
@@ -144,7 +149,11 @@ class Hot:
 
     @property
     def stores(self) -> int:
-        return 0 if self.carried else self.tiles * self.stage.sums
+        if self.carried:
+            return 0
+        unit, config = self.kernel.unit, self.kernel.config
+        copies = unit.lanes(config.accumulation_dtype) if unit.spreads(config) else 1
+        return self.tiles * self.stage.sums * copies
 
     @property
     def instructions(self) -> int:
@@ -157,6 +166,8 @@ class Hot:
             # all but one end in a product of their own; the other products need a copy.
             copies = self.length * (stage.rows - 1) * (stage.vectors - 1)
             arithmetic += done.multiply_adds + done.broadcasts
+            if self.kernel.unit.spreads(config):
+                copies += self.stores  # a shuffle before each
         addresses = config.strides > 1 or self.length in (config.kernel_size, config.channels)
         round_trip = TURN + LEAVING * (self.blocks - 1) + ADDRESSES * addresses
         return arithmetic + self.loads + self.stores + copies + round_trip

@@ -8,8 +8,10 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from tvm_sepconv.tracker import Address, Tracker
 
@@ -88,3 +90,13 @@ class Fleet:
                 pass
             time.sleep(0.05)
         raise TimeoutError(f"no sign of {what} after {START_SECS} s")
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A fleet for the tests of one file, which names it: ``fleet = rpc_fleet.fleet``."""
+    one = Fleet(tmp_path_factory.mktemp("fleet"))
+    try:
+        yield one
+    finally:
+        one.close()

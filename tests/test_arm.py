@@ -46,6 +46,49 @@ CASES = {
     ),
 }  # fmt: skip
 
+# Every core, layout and kind of edge, each pair of them where it is cheap: taps by three, four and
+# one, channels and filters short of a vector, lanes left over, both kinds of stride, and lengths
+# that every variant serves some part of.
+CORES = {
+    "aarch64-neon@cortex-a53": (
+        dict(filters=32, kernel_size=20, padding="same", dilation_rate=2, activation="relu"),
+        13, [(1, 201), (2, 5), (1, 1)],
+    ),
+    "aarch64-neon@cortex-a55": (
+        dict(filters=13, kernel_size=3, data_format="channels_first"),
+        20, [(1, 150), (2, 21), (1, 5)],
+    ),
+    "aarch64-neon@cortex-a72": (
+        dict(filters=9, kernel_size=4, strides=2, depth_multiplier=2, padding=(2, 0)),
+        20, [(1, 167), (2, 9)],
+    ),
+    "aarch64-neon@cortex-a76": (
+        dict(filters=3, kernel_size=7, strides=3, depth_multiplier=2, padding="same",
+             data_format="channels_first", activation="gelu"),
+        6, [(1, 199), (2, 8)],
+    ),
+    "aarch64-neon@neoverse-n1": (
+        dict(filters=20, kernel_size=33, padding="same", use_bias=False), 3, [(1, 200), (2, 7)],
+    ),
+    "aarch64-fp16@cortex-a76": (
+        dict(filters=17, kernel_size=6, padding="same", dtype="float16"), 9, [(1, 140), (2, 3)],
+    ),
+    "aarch64-neon": (
+        dict(filters=7, kernel_size=9, data_format="channels_first", dtype="float64"),
+        5, [(1, 90), (2, 10)],
+    ),
+}  # fmt: skip
+CORES_32 = {
+    "armv7-neon@cortex-a53": (
+        dict(filters=24, kernel_size=9, padding="same", activation="tanh"),
+        13, [(1, 140), (2, 5)],
+    ),
+    "armv7-neon@cortex-a72": (
+        dict(filters=11, kernel_size=5, strides=2, data_format="channels_first"),
+        6, [(1, 150), (2, 11)],
+    ),
+}  # fmt: skip
+
 needs_emulator = pytest.mark.skipif(
     not shutil.which(QEMU[0]) or not shutil.which(f"{TRIPLE}-gcc"),
     reason=f"needs {QEMU[0]} and a C library for aarch64 ({TRIPLE}-gcc)",
@@ -91,29 +134,41 @@ def compiled(
     return path
 
 
-@needs_emulator
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_is_right_on_a_cortex_a53(case, host, tmp_path):
+def assert_right(case, host: list[str], folder: Path, target: str) -> None:
     arguments, channels, sizes = case
     layer = SepConvConfig.parse(**arguments)
     tensors = native.weights(layer, channels)
-    library = compiled(layer, channels, tmp_path / "layer.so")
+    library = compiled(layer, channels, folder / "layer.so", target)
+    # C wants weights in the dtype of the sums.
+    given = [w.astype(layer.kernel_config(channels).accumulation_dtype) for w in tensors]
     for batch, steps in sizes:
         x = native.inputs(layer, batch, steps, channels)
-        y = native.run_host([*QEMU, str(host)], library, layer, tensors, x, tmp_path)
+        y = native.run_host(host, library, layer, given, x, folder)
         native.check(y, x, layer, tensors)
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_is_right_on_a_cortex_a53(case, host, tmp_path):
+    assert_right(case, [*QEMU, str(host)], tmp_path, "aarch64-neon")
+
+
+@needs_emulator
+@pytest.mark.parametrize("target", CORES)
+def test_a_core_tunes_and_asks_for_no_more_than_the_instruction_set(target, host, tmp_path):
+    core = "cortex-a76" if target.startswith("aarch64-fp16") else "cortex-a53"
+    emulator = [core if word == "cortex-a53" else word for word in QEMU]
+    assert_right(CORES[target], [*emulator, str(host)], tmp_path, target)
 
 
 @pytest.mark.parametrize("name", ["SEED", "channels-first", "multiplier"])
 def test_is_right_on_a_cortex_a7(name, host_32, tmp_path):
-    arguments, channels, sizes = CASES[name]
-    layer = SepConvConfig.parse(**arguments)
-    tensors = native.weights(layer, channels)
-    library = compiled(layer, channels, tmp_path / "layer.so", "armv7-neon")
-    for batch, steps in sizes:
-        x = native.inputs(layer, batch, steps, channels)
-        y = native.run_host([*QEMU_32, str(host_32)], library, layer, tensors, x, tmp_path)
-        native.check(y, x, layer, tensors)
+    assert_right(CASES[name], [*QEMU_32, str(host_32)], tmp_path, "armv7-neon")
+
+
+@pytest.mark.parametrize("target", CORES_32)
+def test_a_core_keeps_to_armv7(target, host_32, tmp_path):
+    assert_right(CORES_32[target], [*QEMU_32, str(host_32)], tmp_path, target)
 
 
 @needs_emulator

@@ -6,7 +6,6 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import rpc_fleet
 from rpc_fleet import KEY, Fleet
 
 import tvm_sepconv
@@ -36,13 +36,7 @@ CONFIG = KernelConfig(channels=16, filters=32, kernel_size=5, activation="relu")
 STEPS = 130
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    one = Fleet(tmp_path_factory.mktemp("fleet"))
-    try:
-        yield one
-    finally:
-        one.close()
+fleet = rpc_fleet.fleet
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import rpc_fleet
 from rpc_fleet import KEY, START_SECS, Fleet
 
 from tvm_sepconv import cli, targets
@@ -20,13 +20,7 @@ pytestmark = pytest.mark.skipif(not HERE, reason="the servers here are x86 machi
 TRIALS = 8
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    one = Fleet(tmp_path_factory.mktemp("fleet"))
-    try:
-        yield one
-    finally:
-        one.close()
+fleet = rpc_fleet.fleet
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ def no_other_logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (("--target", "vax"), "must be one of .*x86_64-avx2.*Received: target=vax"),
         (("NOPE",), "No layer is called 'NOPE'. There are SEED, "),
         (("--workloads", "NOPE"), "No layer is called 'NOPE'. There are SEED, "),
-        (("--target", "cuda"), "Building for CUDA is not part of this version yet"),
     ],
 )
 def test_what_the_user_can_put_right(

@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import platform
 import re
-import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import rpc_fleet
 from command_line import refused
 from rpc_fleet import KEY, Fleet, free_port
 
 from tvm_sepconv import cli, doctor, gpu, jit, targets
-from tvm_sepconv.compiler import link
+from tvm_sepconv.compiler import link, nvcc
 from tvm_sepconv.compiler.tuning import boards_doctor, logs
 from tvm_sepconv.doctor import NOTE, OK, PROBLEM, WARNING, Finding
 from tvm_sepconv.tracker import Address
@@ -210,12 +210,35 @@ def test_a_compiler_without_a_c_library_is_no_use(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("missing", [None, "the driver finds none"])
 def test_cuda_is_looked_for(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "missing", lambda: missing)
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(doctor, "version", {"nvidia-cuda-nvcc": "13.0"}.get)
-    device, nvcc = doctor._cuda(None)
+    monkeypatch.setattr(nvcc, "_places", lambda: iter(()))
+    device, compiler = doctor._cuda(None)
     assert device.text == (f"no NVIDIA GPU: {missing}" if missing else "an NVIDIA GPU")
-    assert nvcc.text == "nvcc: nvidia-cuda-nvcc 13.0"
-    assert "not part of this version" in only(doctor._cuda("cuda-sm_90"), PROBLEM).text
+    assert (compiler.status, compiler.text[:27]) == (NOTE, "Building for CUDA needs nvc")
+    assert "pip install 'tvm-sepconv[cuda]'" in str(compiler.remedy)
+    assert only(doctor._cuda("cuda-sm_90"), PROBLEM).remedy == compiler.remedy
+    monkeypatch.setattr(doctor, "version", lambda name: None)
+    assert len(list(doctor._cuda(None))) == 1
+
+
+def test_nvcc_is_tried_for_a_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = []
+
+    class Compiler:
+        path, release = Path("/opt/cuda/bin/nvcc"), "CUDA 13.0"
+
+        def library(self, source: str, output: Path, archs: Sequence[str], host: str) -> None:
+            built.append((archs, host))
+            if host != "aarch64":
+                raise RuntimeError("No compiler for it. Install one.")
+
+    monkeypatch.setattr(nvcc, "find", Compiler)
+    _, found = doctor._cuda(None)
+    assert (found.status, found.text, built) == (OK, "/opt/cuda/bin/nvcc, CUDA 13.0", [])
+    _, found = doctor._cuda("cuda-sm_87")
+    assert found.text == "/opt/cuda/bin/nvcc, CUDA 13.0 builds for sm_87 beside aarch64"
+    _, found = doctor._cuda("cuda-sm_90@x86_64")
+    assert (found.status, found.text) == (PROBLEM, "No compiler for it")
+    assert built == [(("sm_87",), "aarch64"), (("sm_90",), "x86_64")]
 
 
 def test_folders_that_cannot_be_written_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,13 +313,7 @@ def test_a_check_that_fails_itself_is_a_finding(monkeypatch: pytest.MonkeyPatch)
 # ---- boards ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    one = Fleet(tmp_path_factory.mktemp("fleet"))
-    try:
-        yield one
-    finally:
-        one.close()
+fleet = rpc_fleet.fleet
 
 
 def examined(address: Address, key: str | None, target: str | None) -> list[Finding]:

@@ -106,7 +106,7 @@ def filled(cache, compiled) -> Path:
 def builds_fast(compiled, monkeypatch) -> None:
     """Compiling, for tests of what is around it: takes what was compiled before."""
     monkeypatch.setattr(
-        jit, "_build", lambda _, __, entry: shutil.copytree(entry_of(compiled), entry)
+        jit, "_build", lambda _, __, entry, ___: shutil.copytree(entry_of(compiled), entry)
     )
 
 

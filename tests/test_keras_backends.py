@@ -71,6 +71,29 @@ def test_our_tests(backend: str) -> None:
     assert re.search(r"\d\d passed", printed), printed
 
 
+TENSORS = """
+import numpy as np, tensorflow as tf, tvm_sepconv as tsc
+layer = tsc.SeparableConv1D(4, 3)
+x = tf.random.normal((1, 9, 5))
+y = layer(x)
+assert isinstance(y, tf.Tensor) and y.dtype == x.dtype
+np.testing.assert_array_equal(y.numpy(), layer(x.numpy()))
+half = tsc.SeparableConv1D(4, 3, dtype="bfloat16")
+y = half(tf.cast(x, tf.bfloat16))
+assert isinstance(y, tf.Tensor) and y.dtype == tf.bfloat16
+np.testing.assert_array_equal(y.numpy(), half(tf.cast(x, tf.bfloat16).numpy()))
+"""
+
+
+def test_tensorflows_tensors_without_keras() -> None:
+    if importlib.util.find_spec("tensorflow") is None:  # to import it here takes 10 s
+        pytest.skip("tensorflow is not installed")
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    done = subprocess.run([sys.executable, "-c", TENSORS], env=environment, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_keras_own_tests(backend: str, tmp_path: Path) -> None:
     """All 1-D tests and those of the arguments: none skipped, and the kernel ran in them."""

@@ -233,6 +233,33 @@ def test_without_keras_or_its_backend(missing: str, monkeypatch: pytest.MonkeyPa
         interop.convert  # noqa: B018
 
 
+WITHOUT_BACKENDS = """
+import sys
+sys.modules["jax"] = sys.modules["tensorflow"] = None
+import tvm_sepconv as tsc
+print(list(tsc.from_keras(sys.argv[1])))
+try:
+    from tvm_sepconv.interop.keras import convert
+except ImportError as error:
+    print(error)
+"""
+
+
+def test_without_tensorflow_and_jax() -> None:
+    """Files are read all the same; what works inside Keras says what is missing."""
+    path = Path(__file__).parent / "data/tf_keras.keras"
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_BACKENDS, path],
+        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    layers, message = done.stdout.splitlines()
+    assert layers == "['conv', 'inner/conv', 'frozen', 'half']", done.stderr
+    assert "'tensorflow' is not installed" in message and "tvm-sepconv[keras,jax]" in message
+
+
 def test_a_broken_installation_is_not_called_a_missing_keras(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

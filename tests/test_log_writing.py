@@ -43,7 +43,7 @@ def test_a_record_is_one_readable_line(tmp_path: Path) -> None:
     values = json.loads(line)
     assert values["decisions"] == DECISIONS
     assert values["config"]["channels"] == 64
-    assert set(values) == {field.name for field in dataclasses.fields(Record)}
+    assert set(values) == {field.name for field in dataclasses.fields(Record)} - {"modelled"}
     assert logs.read(path) == [record()]
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
     assert list(tmp_path.iterdir()) == [path]
@@ -334,6 +334,9 @@ def test_committed_records_are_of_the_schema_and_can_be_used(schema: Any) -> Non
             assert not line.problem, line.where
 
 
+MODELLED = record(modelled="neoverse-n1").to_dict()
+
+
 def _without(name: str) -> dict[str, Any]:
     return {n: value for n, value in record().to_dict().items() if n != name}
 
@@ -345,7 +348,13 @@ def _without(name: str) -> dict[str, Any]:
         (record(threads=2, steps=1, noise=0, median_secs=1).to_dict(), True),
         ({**record().to_dict(), "date": "2026-01-01T00:00:00.123456-05:00"}, True),
         ({**record().to_dict(), "config": {"channels": 1, "filters": 1, "kernel_size": 1}}, True),
-        *((_without(field.name), False) for field in dataclasses.fields(Record)),
+        *((_without(name), False) for name in record().to_dict()),
+        (MODELLED, True),
+        *(({n: v for n, v in MODELLED.items() if n != name}, False) for name in MODELLED),
+        *(({**MODELLED, name: value}, False)
+          for name in ("median_cycles", "default_cycles") for value in (0, -1, 1.5, True, None)),
+        *(({**MODELLED, name: 1e-4}, False) for name in ("median_secs", "default_secs")),
+        *(({**record().to_dict(), name: 3}, False) for name in ("median_cycles", "modelled")),
         *(({**record().to_dict(), field.name: value}, False)
           for field in dataclasses.fields(Record) for value in (None, [1])),
         *(({**record().to_dict(), name: 0}, False)
@@ -370,8 +379,11 @@ def test_the_reader_takes_what_the_schema_describes(schema: Any, values: Any, ri
 
 
 def test_the_schema_has_the_fields_of_a_record_and_describes_them(schema: Any) -> None:
-    fields = {field.name for field in dataclasses.fields(Record)}
-    assert set(schema.schema["properties"]) == set(schema.schema["required"]) == fields
+    measured, modelled = (set(one["required"]) for one in schema.schema["oneOf"])
+    common = set(schema.schema["required"])
+    assert common | measured == set(record().to_dict())
+    assert common | modelled == set(MODELLED)
+    assert set(schema.schema["properties"]) == common | measured | modelled
     assert all("description" in value for value in schema.schema["properties"].values())
     config = schema.schema["properties"]["config"]["properties"]
     assert set(config) == set(CONFIG.to_dict())

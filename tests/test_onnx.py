@@ -27,7 +27,7 @@ def assert_same(model: Model, opset=OPSETS[0], shape=(2, CHANNELS, STEPS), toler
     onnx.checker.check_model(proto)
     (layer,) = from_onnx(proto).values()
     x = normal(*shape, dtype=model.dtype, seed=9)
-    if model.dtype == "float64":  # for which ONNX Runtime has no convolution
+    if model.dtype == "float64" or opset > OPSETS[-1]:  # which ONNX Runtime does not run
         session = onnx.reference.ReferenceEvaluator(proto)
     else:
         session = onnxruntime.InferenceSession(proto.SerializeToString())
@@ -63,14 +63,11 @@ def test_outputs_are_those_of_onnx_runtime(name):
     assert layer.name == "node0" and layer.config.data_format == "channels_first"
 
 
-@pytest.mark.parametrize("opset", OPSETS)
-def test_opsets(opset):
-    assert_same(Model().pair(norms="between after", pads=[1, 1]).add("Relu"), opset)
-
-
-def test_the_newest_opset_is_read():
-    proto = Model().pair().proto(onnx.defs.onnx_opset_version())
-    assert list(from_onnx(proto)) == ["node0"]
+@pytest.mark.parametrize("opset", range(OPSETS[0], onnx.defs.onnx_opset_version() + 1))
+def test_every_opset(opset):
+    """Up to the newest, which ONNX Runtime lags behind."""
+    layer = assert_same(Model().pair(norms="between after", pads=[1, 1]).add("Relu"), opset)
+    assert layer.get_config()["activation"] == "relu"
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ MAPPED = {
 TOP_LEVEL = {"LICENSE", "Makefile", "README.md", "pyproject.toml", "tests", *MAPPED}
 DOTTED = {".ci", ".gitignore"}
 FRAMEWORKS = {"torch", "keras", "jax", "tensorflow", "onnx"}
-EXTRAS = {"compiler", "tune", "cross", "h5", "report", "bench", "test", "dev", *FRAMEWORKS}
+EXTRAS = {"compiler", "tune", "cuda", "cross", "h5", "report", "bench", "test", "dev", *FRAMEWORKS}
 # What a plain import must not need. numpy is all it may.
 BLOCKED = {
     "tvm",

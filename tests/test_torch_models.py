@@ -350,6 +350,65 @@ def test_an_activation_that_is_used_elsewhere_stays():
     assert_same(model, original, normal(1, CHANNELS, STEPS))
 
 
+def in_a_block(activation):
+    block = pair(padding=1)
+    block.append(activation)
+    return nn.Sequential(Untraceable(), block, nn.Conv1d(FILTERS, CHANNELS, 1))
+
+
+@pytest.mark.parametrize("places", ["sequence", "untraced"])
+def test_an_activation_in_many_places_is_folded_in_each(places):
+    gelu = nn.GELU()
+    if places == "sequence":
+        model = nn.Sequential(*pair(padding=1), gelu, nn.Conv1d(FILTERS, CHANNELS, 1),
+                              *pair(padding=1), gelu, gelu)  # fmt: skip
+        folded = [("1", "2"), ("5", "6")]
+    else:
+        model = nn.Sequential(in_a_block(gelu), in_a_block(gelu), gelu)
+        folded = [("0.1.1", "0.1.2"), ("1.1.1", "1.1.2")]
+    original, report = replaced(model.eval())
+    assert [one.folded for one in report.replaced] == folded
+    assert model[-1] is gelu
+    assert_same(model, original, normal(1, CHANNELS, STEPS))
+
+
+def test_an_activation_in_a_container_in_many_places_stays():
+    class Block(nn.Module):
+        def __init__(self, shared):
+            super().__init__()
+            self.first, self.second = pair(padding=1)
+            self.shared, self.back = shared, nn.Conv1d(FILTERS, CHANNELS, 1)
+
+        def forward(self, x):
+            return self.back(self.shared(self.second(self.first(x))))
+
+    shared = nn.Sequential(nn.GELU())
+    model = nn.Sequential(Untraceable(), Block(shared), shared, Block(shared)).eval()
+    original, report = replaced(model)
+    assert [one.name for one in report.replaced] == ["1.first", "3.first"]
+    assert type(shared[0]) is nn.GELU and "it is registered more than once" in str(report)
+    assert_same(model, original, normal(1, CHANNELS, STEPS))
+
+
+class AlwaysDropout(nn.Dropout):
+    """In inference too."""
+
+    def forward(self, input):
+        return nn.functional.dropout(input, self.p, training=True)
+
+
+@pytest.mark.parametrize(
+    "dropout", [AlwaysDropout(), nn.Dropout().train()], ids=["own", "training"]
+)
+def test_dropout_that_drops_between_the_convolutions_is_refused(dropout):
+    block = pair(padding=1)
+    block.insert(1, dropout)
+    model = nn.Sequential(Untraceable(), block)
+    model.training = False
+    with pytest.raises(ValueError, match=r"1.1 lies between the two convolutions: a \w*Dropout"):
+        interop.from_torch(model)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [

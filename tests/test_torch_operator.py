@@ -116,12 +116,17 @@ def test_wrong_inputs_of_the_operator(kind, device):
         separable_conv1d(*given, 1, [0, 1], 1, "linear")
 
 
-def test_tensors_on_a_gpu_are_refused_in_words():
+def test_devices_of_inputs_and_weights():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():  # tensors that say they are on a GPU, where there is none
+    with FakeTensorMode():  # tensors that say they are elsewhere, where there is no such place
         x, *given = (tensor.to("cuda:0") for tensor in (torch.zeros(X), *weights()))
-        with pytest.raises(ValueError, match=r"must be on the CPU.*input.device=cuda:0. Move both "
+        y = separable_conv1d(x, *given, 1, [0, 1], 1, "linear")
+        assert y.device == x.device and y.shape == (2, FILTERS, 19)
+        with pytest.raises(ValueError, match=r"on cuda:0, as the weights are. .*device=cuda:1"):
+            separable_conv1d(x.to("cuda:1"), *given, 1, [0, 1], 1, "linear")
+        x, *given = (tensor.to("xpu:0") for tensor in (x, *given))
+        with pytest.raises(ValueError, match=r"CPU or an NVIDIA GPU.*input.device=xpu:0. Move both "
                            r"with `module.cpu\(\)`"):  # fmt: skip
             separable_conv1d(x, *given, 1, [0, 1], 1, "linear")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -53,16 +55,47 @@ def test_complex_views_are_refused():
             layer_of()(given)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+# What a layer of each dtype gives, and how far that may be from what is right.
+OF_LAYERS = {
+    "float32": (torch.float32, 1e-5),
+    "float64": (torch.float64, 1e-12),
+    "float16": (torch.float16, 4e-3),
+    "bfloat16": (torch.bfloat16, 3e-2),
+    "mixed_bfloat16": (torch.bfloat16, 3e-2),
+}
+
+
+@pytest.mark.parametrize("dtype", OF_LAYERS)
 @pytest.mark.parametrize("gradients", [False, True], ids=["plain", "gradients"])
 def test_tensors_come_back_as_tensors(gradients, dtype):
-    layer = layer_of()
-    x = torch.from_numpy(inputs()).to(dtype).requires_grad_(gradients)
-    for _ in range(2):
-        y = layer(x)
-        assert type(y) is torch.Tensor and y.dtype == torch.float32 and not y.requires_grad
-        assert_right(layer, x.detach().numpy(), y, tolerance=1e-5)
-    assert layer(x[:0]).shape == (0, STEPS, FILTERS)
+    """Of the layer's dtype, whatever theirs is."""
+    layer, (wanted, tolerance) = layer_of(dtype=dtype), OF_LAYERS[dtype]
+    for given in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        x = torch.from_numpy(inputs()).to(given).requires_grad_(gradients)
+        rounded = x.detach().to(wanted).double().numpy()
+        for _ in range(2):
+            y = layer(x)
+            assert type(y) is torch.Tensor and y.dtype == wanted and not y.requires_grad
+            assert_right(layer, rounded, y.double(), tolerance)
+        out = torch.empty(SHAPE, dtype=wanted)
+        assert layer(x, out=out) is out and torch.equal(out, y)
+        assert layer(x[:0]).shape == (0, STEPS, FILTERS)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.int16], ids=str)
+@pytest.mark.parametrize("layers", ["float32", "bfloat16"])
+def test_numbers_that_are_no_floats_are_refused(layers, dtype):
+    with pytest.raises(TypeError, match=r"floating-point dtype.*inputs\.dtype=(int|bool)"):
+        layer_of(dtype=layers)(torch.ones(BATCH, STEPS, CHANNELS, dtype=dtype))
+
+
+def test_bfloat16_of_any_layout_and_without_its_package(monkeypatch):
+    layer, x = layer_of(), torch.from_numpy(inputs()).bfloat16()
+    wide = x.repeat_interleave(2, dim=2)[..., ::2]
+    assert torch.equal(layer(wide), layer(x)) and torch.equal(layer(x[::2]), layer(x)[::2])
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    with pytest.raises(ImportError, match="pip install ml_dtypes"):
+        layer(x)
 
 
 def test_outputs_are_written_in_place(monkeypatch):

@@ -18,7 +18,7 @@ import tvm_sepconv
 from tvm_sepconv import jit, reference, targets
 from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.targets import CpuTarget
-from tvm_sepconv.compiler.tuning import builder, logs, search, tune
+from tvm_sepconv.compiler.tuning import builder, finalists, logs, search, tune
 from tvm_sepconv.compiler.tuning.history import best_at, read_history
 from tvm_sepconv.compiler.tuning.search import Progress
 from tvm_sepconv.compiler.tuning.space import Space
@@ -216,4 +216,4 @@ def test_the_default_stays_unless_another_is_faster_beyond_chance(
 ) -> None:
     draw = np.random.default_rng(0)
     samples = [f * draw.normal(1, 0.01, tune.FINAL_SAMPLES) for f in factors]
-    assert tune._winner(samples) == expected
+    assert finalists.winner(samples) == expected

@@ -18,7 +18,7 @@ from command_line import refused
 from fake_searches import FakeTune
 
 import tvm_sepconv
-from tvm_sepconv import cli, gpu, targets
+from tvm_sepconv import cli, targets
 from tvm_sepconv.bench import limits
 from tvm_sepconv.commands import tune as command
 from tvm_sepconv.compiler.tuning import boards, logs, tune
@@ -90,29 +90,7 @@ def test_what_the_user_can_put_right(
     assert fake.calls == []
 
 
-def test_tuning_for_cuda_without_a_gpu(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "missing", lambda: "the driver finds none")
-    message = refused(capsys, "tune", "--target", "cuda")
-    assert (
-        "measures kernels on an NVIDIA GPU, and this machine has none to use: the driver" in message
-    )
-    assert "Run it on a machine with a GPU and its driver, or tune for this machine's" in message
-    assert f"--target {(*targets.runnable(), 'x86')[0]}" in message
-    assert "not part of this version yet" in message
-
-
-def test_tuning_for_cuda_with_a_gpu(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "missing", lambda: None)
-    message = refused(capsys, "tune", "--target", "cuda-sm_90")
-    assert "Tuning for CUDA is not part of this version yet" in message
-    assert "Run it on a machine with a GPU" not in message
-
-
-@pytest.mark.parametrize("target", ["arm", "x86_64-avx512"])
+@pytest.mark.parametrize("target", ["armv7-neon", "x86_64-avx512"])
 def test_tuning_for_another_machine(
     target: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@
     selftest.safetensors     <layer>/input and <layer>/output, small, from the float64 reference
     lib/<arch>/libtvm_sepconv_runtime.so
     lib/<target>/<key>.so    one library serves every layer of equal kernel config
+    lib/cuda…/<key>….so      the same for GPUs: tvm-ffi loads it, without the runtime library
     c/                       on request, a header and an example for C programs; not loaded
 
 Every file that will be used is verified before any is opened. The hashes detect damage, not
@@ -67,12 +68,12 @@ class Bundle:
         """``input`` and expected ``output`` by layer."""
         return self._tensors(SELFTEST)
 
-    def libraries(self, target: str) -> tuple[Path, dict[str, Path]]:
-        """Return the runtime library for `target` and each layer's library."""
+    def libraries(self, target: str) -> tuple[Path | None, dict[str, Path]]:
+        """Return the runtime library for `target`, None for CUDA's, and each layer's library."""
         chosen = self.manifest["libraries"][target]
-        arch = self.manifest["runtimes"][target.split("-")[0]]
+        arch = self.manifest["runtimes"].get(target.split("-")[0])
         keys = {name: entry["library"] for name, entry in self.manifest["layers"].items()}
-        return self.path / arch["path"], {
+        return arch and self.path / arch["path"], {
             name: self.path / chosen[key]["path"] for name, key in keys.items()
         }
 
@@ -93,12 +94,12 @@ class Bundle:
 
 
 def open_bundle(path: str | Path, target: str | None = None) -> tuple[Bundle, str]:
-    """Verify the bundle at `path` and choose its best target for this machine.
+    """Verify the bundle at `path` and choose its best target for this machine's processor.
 
     Parameters
     ----------
     target
-        Use this one instead, if the machine can run it.
+        Use this one instead, if the machine can run it; whether a GPU can, `cuda_target` knows.
 
     Raises
     ------
@@ -110,13 +111,15 @@ def open_bundle(path: str | Path, target: str | None = None) -> tuple[Bundle, st
     manifest = read_manifest(path)
     bundle = Bundle(path, manifest)
     chosen = _choose(bundle, target)
-    arch = manifest["runtimes"][chosen.split("-")[0]]
-    if arch["abi"] != runtime.ABI:
-        raise BundleError(
-            f"{path} was built for runtime ABI {arch['abi']}; this tvm_sepconv has ABI "
-            f"{runtime.ABI}. Save the layers again with this version, or install the matching one."
-        )
-    for entry in (arch, *manifest["libraries"][chosen].values(), *manifest["files"].values()):
+    runtimes = [] if is_cuda(chosen) else [manifest["runtimes"][chosen.split("-")[0]]]
+    for arch in runtimes:
+        if arch["abi"] != runtime.ABI:
+            raise BundleError(
+                f"{path} was built for runtime ABI {arch['abi']}; this tvm_sepconv has ABI "
+                f"{runtime.ABI}. Save the layers again with this version, or install the matching "
+                "one."
+            )
+    for entry in (*runtimes, *manifest["libraries"][chosen].values(), *manifest["files"].values()):
         verify(path, entry["path"], entry["sha256"])
     return bundle, chosen
 
@@ -223,7 +226,7 @@ def _choose(bundle: Bundle, target: str | None) -> str:
         target = targets.resolve(target)
         if target not in bundle.targets:
             raise BundleError(f"{bundle.path} has no library for {target}; it has {bundle.targets}")
-        if target in able:
+        if target in able or is_cuda(target):
             return target
     wanted = (target,) if target else bundle.targets
     lacking = "; ".join(
@@ -234,6 +237,79 @@ def _choose(bundle: Bundle, target: str | None) -> str:
         f"This machine cannot run the libraries in {bundle.path}: {lacking}. Save the layers with "
         f"`targets={list(targets.host_family()) or [targets.machine()]}` for this machine."
     )
+
+
+def is_cuda(target: str) -> bool:
+    """Whether the target's libraries run on a GPU."""
+    return target.startswith("cuda")
+
+
+def cuda_target(bundle: Bundle, capability: int, driver: int) -> str:
+    """Choose the bundle's target for a GPU beside this machine's processor.
+
+    Parameters
+    ----------
+    capability
+        Of the GPU, such as 90.
+    driver
+        The newest CUDA its driver knows, such as 13000.
+
+    Raises
+    ------
+    BundleError
+        If the bundle has no libraries that run there, naming those it has.
+    """
+    groups = {name: bundle.manifest["libraries"][name] for name in bundle.targets if is_cuda(name)}
+    if not groups:
+        raise BundleError(
+            f"{bundle.path} has no libraries for GPUs; it has {', '.join(bundle.targets)}. Save "
+            f'the layers with `targets=["cuda"]`, or for this GPU alone "cuda-sm_{capability}"'
+        )
+    here = targets.machine()
+    found: dict[tuple[int, int], str] = {}
+    for name, group in groups.items():
+        ways = [
+            targets.cuda_code(entry["archs"], entry["ptx"], capability)
+            if entry["host"] == here and _driver_serves(entry, capability, driver)
+            else None
+            for entry in group.values()
+        ]
+        if None not in ways:
+            worst = max(way for way in ways if way is not None)
+            found.setdefault((worst, len(next(iter(group.values()))["archs"])), name)
+    if found:
+        return found[min(found)]
+    raise BundleError(
+        f"No library in {bundle.path} runs on this GPU, an sm_{capability} beside {here}, with a "
+        f"driver for CUDA {_release(driver)}: "
+        + "; ".join(
+            f"{name} is {gpu_needs(entry)}"
+            for name, group in groups.items()
+            for entry in list(group.values())[:1]
+        )
+        + ". "
+        f'Save the layers with `targets=["cuda-sm_{capability}"]`, or update the NVIDIA driver'
+    )
+
+
+def _driver_serves(entry: dict[str, Any], capability: int, driver: int) -> bool:
+    """Whether the driver takes the library's runtime, and its PTX where that is what it needs."""
+    if targets.cuda_code(entry["archs"], entry["ptx"], capability) == 2:
+        return bool(driver >= entry["cuda"])
+    return bool(driver // 1000 >= entry["cuda"] // 1000)
+
+
+def gpu_needs(entry: dict[str, Any]) -> str:
+    """Say what a CUDA library runs on, from its entry in the manifest."""
+    return (
+        f"for {', '.join(entry['archs'])} and all newer than {entry['ptx']}, beside "
+        f"{entry['host']}, with a driver for CUDA {_release(entry['cuda'])}"
+    )
+
+
+def _release(version: int) -> str:
+    """Of 13000 "13.0"."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def verify(root: Path, name: str, expected: str) -> None:

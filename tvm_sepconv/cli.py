@@ -12,8 +12,10 @@ from tvm_sepconv.bundle import BundleError
 from tvm_sepconv.commands import (
     build,
     cache,
+    cycles,
     deploy,
     doctor,
+    gpu,
     inspect,
     logs,
     report,
@@ -32,6 +34,8 @@ COMMANDS = {
     "deploy": deploy,
     "logs": logs,
     "report": report,
+    "cycles": cycles,
+    "gpu": gpu,
     "cache": cache,
     "doctor": doctor,
 }

@@ -7,7 +7,6 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,6 @@ EXTRAS = {
 }
 TVM = (0, 27)
 FFI_CRASHES = (0, 1, 15)  # the first, with that TVM
-NVCC = ("nvidia-cuda-nvcc", "nvidia-cuda-nvcc-cu13", "nvidia-cuda-nvcc-cu12")
 LAYER_LIMIT_SECS = 180
 LISTEN_SECS = 0.4
 BUSY_PROCESSORS = 0.3
@@ -45,6 +43,7 @@ expected = reference.separable_conv1d(x, *layer.get_weights(), layer.config)
 print(json.dumps([float(abs(y - expected).max()), runtime.num_threads()]))
 """
 _LAYER_ERROR = 1e-5
+_KERNEL = 'extern "C" __global__ void answer(int* y) { *y = 42; }\n'
 _SOURCE = "#include <pthread.h>\n#include <stdio.h>\nint answer(void) { return 42; }\n"
 
 
@@ -185,12 +184,23 @@ def _linkers(target: str | None) -> Iterator[Finding]:
 def _cuda(target: str | None) -> Iterator[Finding]:
     missing = gpu.missing()
     yield Finding(NOTE, "cuda", f"no NVIDIA GPU: {missing}" if missing else "an NVIDIA GPU")
-    pip = [f"{name} {version(name)}" for name in NVCC if version(name)]
-    nvcc = shutil.which("nvcc") or next(iter(pip), None)
-    yield Finding(NOTE, "cuda", f"nvcc: {nvcc}" if nvcc else "no nvcc, on the PATH or from pip")
-    if target and target.startswith("cuda"):
-        text = "building and tuning for CUDA is not part of this version"
-        yield Finding(PROBLEM, "cuda", text, f"Choose {', '.join(targets.FEATURES)}")
+    if version("apache-tvm") is None:
+        return
+    wanted = target is not None and target.startswith("cuda")
+    nvcc = jit.compiler("tvm_sepconv.compiler.nvcc")
+    try:
+        found = nvcc.find()
+        text = f"{found.path}, {found.release}"
+        if target is not None and wanted:  # for it alone: it takes seconds
+            made = jit.compiler("tvm_sepconv.compiler.targets").cuda(target)
+            with tempfile.TemporaryDirectory() as folder:
+                found.library(_KERNEL, Path(folder, "a.so"), made.archs, made.host)
+            text += f" builds for {', '.join(made.archs)} beside {made.host}"
+    except RuntimeError as error:
+        text, _, remedy = str(error).partition(". ")
+        yield Finding(PROBLEM if wanted else NOTE, "cuda", text, remedy or None)
+    else:
+        yield Finding(OK, "cuda", text)
 
 
 def _folders() -> Iterator[Finding]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib
@@ -21,19 +22,22 @@ import shutil
 import tempfile
 import threading
 import warnings
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from tvm_sepconv import bundle, targets
+from tvm_sepconv import bundle, gpu, targets
 from tvm_sepconv.config import KernelConfig
+from tvm_sepconv.options import BuildOptions
 
 if TYPE_CHECKING:
     from tvm_sepconv.compiler.tuning.logs import Match
 
 LIBRARY = "layer.so"
 ENTRY = "entry.json"  # what it is for, and the other files' hashes
+_USUAL = BuildOptions()
 _building = threading.Lock()  # threads that need the same library compile it once
 
 
@@ -55,15 +59,67 @@ def library(config: KernelConfig, target: str | None = None) -> tuple[Path, Path
     name = _host_target(target)
     logs = compiler("tvm_sepconv.compiler.tuning.logs")
     match = logs.lookup(config, name)  # which needs no TVM
-    entry = cache_root() / _key(config, name, match)
+    entry = _entry(config, name, [match], _USUAL)
+    return entry / LIBRARY, entry / bundle.RUNTIME
+
+
+def cuda_library(config: KernelConfig, index: int, options: BuildOptions) -> Path:
+    """Return the layer's library for GPU `index`, compiling it if needed.
+
+    Parameters
+    ----------
+    options
+        A target other than CUDA's means the architecture of that GPU.
+
+    Raises
+    ------
+    RuntimeError
+        If no GPU can be used, the compiler is not installed, cached or not, or there is no nvcc.
+    ValueError
+        If there is no GPU `index`, or CUDA has no kernel for `config`.
+    """
+    gpu.need(index)
+    target = options.target or ""
+    if not target.startswith("cuda"):
+        able = [arch for arch in targets.CUDA_ARCHS if int(arch[3:]) <= gpu.capability(index)]
+        target = f"cuda-{able[-1] if able else targets.CUDA_ARCHS[0]}"  # whose PTX newer ones run
+    return cuda_library_for(config, target, options)
+
+
+def cuda_library_for(config: KernelConfig, target: str, options: BuildOptions) -> Path:
+    """Return the layer's library for a CUDA target, compiling it if needed; no GPU is asked.
+
+    Raises
+    ------
+    RuntimeError
+        If the compiler is not installed, cached or not, or there is no nvcc.
+    ValueError
+        If `target` is unknown, or CUDA has no kernel for `config`.
+    """
+    target = targets.resolve(target)
+    isa = target.partition("@")[0]
+    logs = compiler("tvm_sepconv.compiler.tuning.logs")
+    suffix = compiler("tvm_sepconv.compiler.tuning.records").TF32 if options.allow_tf32 else ""
+    variants = compiler("tvm_sepconv.compiler.schedules.cuda").VARIANTS
+    whole = [f"cuda-{arch}" for arch in targets.CUDA_ARCHS] if isa == "cuda" else [isa]
+    found = [logs.lookup(config, one, variant=name + suffix) for one in whole for name in variants]
+    return _entry(config, target, found, options) / LIBRARY
+
+
+def _entry(
+    config: KernelConfig, target: str, matches: Sequence[Match | None], options: BuildOptions
+) -> Path:
+    """Return the folder of what is compiled from these, compiled now if it is not there."""
+    logs = compiler("tvm_sepconv.compiler.tuning.logs")
+    entry = cache_root() / _key(config, target, *matches, options=options)
     with _building:
         found = _intact(entry)
-        logs.announce(config, name, match, compiling=not found)
+        logs.announce(config, target, matches[0], compiling=not found)
         if not found:
-            _build(config, name, entry)
+            _build(config, target, entry, options)
         with contextlib.suppress(OSError):
             os.utime(entry)  # when it was last used: `tvm-sepconv cache` goes by it
-    return entry / LIBRARY, entry / bundle.RUNTIME
+    return entry
 
 
 def need_compiler() -> None:
@@ -100,14 +156,17 @@ def _host_target(target: str | None) -> str:
     return name
 
 
-def _key(config: KernelConfig, target: str, match: Match | None) -> str:
+def _key(
+    config: KernelConfig, target: str, *matches: Match | None, options: BuildOptions = _USUAL
+) -> str:
     parts = {
         "config": config.to_dict(),
         "target": target,
         "tvm": importlib.metadata.version("apache-tvm"),
         "tvm_ffi": importlib.metadata.version("apache-tvm-ffi"),
         "sources": _sources_digest(),
-        "record": match and [match.record.to_dict(), match.distance],
+        "options": {**dataclasses.asdict(options), "target": None},  # which stands above
+        "records": [match and [match.record.to_dict(), match.distance] for match in matches],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -119,7 +178,7 @@ def _sources_digest() -> str:
     package = files("tvm_sepconv")
     for folder in ("compiler", "native"):
         for item in sorted((package / folder).iterdir(), key=lambda item: item.name):
-            if item.name.endswith((".py", ".c", ".h")):
+            if item.name.endswith((".py", ".c", ".h", ".cuh")):
                 digest.update(item.read_bytes())
     for item in sorted(files("tvm_sepconv.compiler.schedules").iterdir(), key=lambda i: i.name):
         if item.name.endswith(".py"):
@@ -181,25 +240,30 @@ def _remove(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _files(target: str) -> tuple[str, ...]:
+    return (LIBRARY,) if target.startswith("cuda") else (LIBRARY, bundle.RUNTIME)
+
+
 def _intact(entry: Path) -> bool:
     try:
-        hashes = json.loads((entry / ENTRY).read_text())["sha256"]
-        files = {name: bundle.sha256(entry / name) for name in (LIBRARY, bundle.RUNTIME)}
-    except (KeyError, OSError, TypeError, ValueError, RecursionError):
+        description = json.loads((entry / ENTRY).read_text())
+        hashes = description["sha256"]
+        files = {name: bundle.sha256(entry / name) for name in _files(description["target"])}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, RecursionError):
         return False
     return bool(hashes == files)
 
 
-def _build(config: KernelConfig, target: str, entry: Path) -> None:
-    build = compiler("tvm_sepconv.compiler.build")
-    chosen = compiler("tvm_sepconv.compiler.targets").cpu(target)
+def _build(config: KernelConfig, target: str, entry: Path, options: BuildOptions = _USUAL) -> None:
     entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # somebody may have tidied up
     with tempfile.TemporaryDirectory(dir=entry.parent, prefix="new-") as folder:
         work = Path(folder, "entry")
         work.mkdir()
-        build.build_library(config, chosen, work / LIBRARY, build.variants(config, chosen))
-        build.build_runtime(chosen, work / bundle.RUNTIME)
-        hashes = {name: bundle.sha256(work / name) for name in (LIBRARY, bundle.RUNTIME)}
+        if target.startswith("cuda"):
+            _compile_cuda(config, target, options, work)
+        else:
+            _compile(config, target, work)
+        hashes = {name: bundle.sha256(work / name) for name in _files(target)}
         description = {"target": target, "kernel": config.to_dict(), "sha256": hashes}
         (work / ENTRY).write_text(json.dumps(description))
         if _intact(entry):  # another process was first; it may be about to open its files
@@ -211,3 +275,17 @@ def _build(config: KernelConfig, target: str, entry: Path) -> None:
         except OSError:  # … or was first just now
             if not _intact(entry):
                 raise
+
+
+def _compile(config: KernelConfig, target: str, work: Path) -> None:
+    build = compiler("tvm_sepconv.compiler.build")
+    chosen = compiler("tvm_sepconv.compiler.targets").cpu(target)
+    build.build_library(config, chosen, work / LIBRARY, build.variants(config, chosen))
+    build.build_runtime(chosen, work / bundle.RUNTIME)
+
+
+def _compile_cuda(config: KernelConfig, target: str, options: BuildOptions, work: Path) -> None:
+    cuda = compiler("tvm_sepconv.compiler.cuda")
+    chosen = compiler("tvm_sepconv.compiler.targets").cuda(target)
+    variants = cuda.variants(config, chosen, options)
+    cuda.build_library(config, chosen, work / LIBRARY, variants, options)

@@ -13,20 +13,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tvm_sepconv import activations, tensors
-from tvm_sepconv.bundle import BundleError, open_bundle
+from tvm_sepconv import activations, cuda_tensors, tensors
+from tvm_sepconv.bundle import Bundle, BundleError, open_bundle
 from tvm_sepconv.config import SepConvConfig
+from tvm_sepconv.cuda_runtime import CudaLayer
 from tvm_sepconv.options import BuildOptions
 from tvm_sepconv.runtime import CompiledLayer
 from tvm_sepconv.variable import Variable
+from tvm_sepconv.weights import WEIGHTS, Weights
 
 Array = npt.NDArray[Any]
 Shape = tuple[int | None, ...]
 
-WEIGHTS = ("depthwise_kernel", "pointwise_kernel", "bias")
 
-
-class SeparableConv1D:
+class SeparableConv1D(Weights):
     """Depthwise convolution along the steps, then a pointwise one that mixes the channels.
 
     ``y = activation(pointwise(depthwise(x)) + bias)``, as one compiled kernel. The arguments, their
@@ -34,8 +34,11 @@ class SeparableConv1D:
     `SepConvConfig.parse` for the two extensions, ``padding=(left, right)`` and ``seed``.
 
     A call takes ``(batch, steps, channels)``, or ``(batch, channels, steps)`` for channels_first,
-    of any floating-point dtype, as a NumPy array or a DLPack tensor on the CPU, and returns the
-    same kind in the layer's compute dtype; a nested list gives an array. Threads may share a layer.
+    of any floating-point dtype, as a NumPy array or a DLPack tensor on the CPU or an NVIDIA GPU,
+    and returns the same kind, on the same device, in the layer's compute dtype; a nested list gives
+    an array. Threads may share a layer. PyTorch's and CuPy's tensors on a GPU are computed with on
+    their current stream; after the first call there, calls can be captured into a CUDA graph, which
+    keeps to the weights it was captured with: capture again after `set_weights`.
     """
 
     # The arguments are spelled out once, where they are parsed.
@@ -61,124 +64,19 @@ class SeparableConv1D:
         self._library: tuple[Path, Path] | None = None
         self._origin: tuple[Path, str, str] | None = None  # the bundle that the library is from
         self._compiled: CompiledLayer | None = None
+        self._cuda: CudaLayer | None = None
+        self._gpu: int | None = None  # where arrays are computed, and nothing elsewhere
         self._activity_loss: Any = None
         self._lock = threading.RLock()
         fused = activations.name_of(config.activation) in activations.ELEMENTWISE
         self._afterwards: Callable[[Array], Array] | None = None if fused else config.activation
         self._plain = fused and config.activity_regularizer is None
-        self._last_shapes: tuple[tuple[int, ...] | None, tuple[int, ...]] = (None, ())
+        self._last_shapes: tuple[tuple[int, ...] | None, tuple[int, ...], int] = (None, (), 0)
         self._native_dtype: np.dtype[Any] | None = None
-
-    # ---- building and weights ----------------------------------------------------------------
-
-    @property
-    def built(self) -> bool:
-        """Whether the weights exist."""
-        return self._channels is not None
-
-    def build(self, input_shape: Sequence[int | None]) -> None:
-        """Create the weights for inputs of `input_shape`; batch and steps may be None.
-
-        Raises
-        ------
-        ValueError
-            If the channels are None, or the shape does not fit the layer.
-        """
-        with self._lock:
-            if self.built:
-                return
-            config = self.config
-            config.check_input_shape(input_shape)
-            channels = input_shape[config.channel_axis]
-            assert channels is not None  # check_input_shape refuses it
-            initial = [
-                (config.depthwise_initializer, config.depthwise_shape(channels)),
-                (config.pointwise_initializer, config.pointwise_shape(channels)),
-                (config.bias_initializer, config.bias_shape),
-            ]
-            names = WEIGHTS[: 2 + config.use_bias]
-            for name, (initializer, shape) in zip(names, initial, strict=False):
-                value = np.asarray(initializer(shape, dtype=config.variable_dtype))
-                setattr(self, name, Variable(name, value, self._weights_changed))
-            self._channels = channels
 
     def _weights_changed(self) -> None:
         with self._lock:  # after a thread that is packing the old ones
-            self._compiled = None
-
-    @property
-    def weights(self) -> list[Variable]:
-        """``depthwise_kernel``, ``pointwise_kernel`` and, if the layer has one, ``bias``."""
-        variables = (self.depthwise_kernel, self.pointwise_kernel, self.bias)
-        return [v for v in variables if v is not None]
-
-    @property
-    def trainable_weights(self) -> list[Variable]:
-        """The weights if the layer is trainable, else none."""
-        return self.weights if self.trainable else []
-
-    def get_weights(self) -> list[Array]:
-        """Return copies of the weights, in Keras's order and shapes."""
-        return [v.numpy() for v in self.weights]
-
-    def set_weights(self, weights: Sequence[npt.ArrayLike]) -> None:
-        """Replace all weights, or none if one does not fit.
-
-        Raises
-        ------
-        ValueError
-            If the layer is not built, or the number or a shape differs.
-        TypeError
-            If one is not numeric.
-        """
-        self._need_built("set_weights")
-        if len(weights) != len(self.weights):
-            raise ValueError(
-                f"You called `set_weights(weights)` on layer '{self.name}' with a weight list of "
-                f"length {len(weights)}, but the layer was expecting {len(self.weights)} weights."
-            )
-        arrays = [np.asarray(w) for w in weights]
-        for variable, array in zip(self.weights, arrays, strict=True):
-            variable.check_dtype(array)
-            if variable.shape != array.shape:
-                raise ValueError(
-                    f"Layer {self.name} weight `{variable.name}` has shape {variable.shape}, which "
-                    f"is not compatible with provided weight shape {array.shape}."
-                )
-        with self._lock:
-            for variable, array in zip(self.weights, arrays, strict=True):
-                variable.assign(array)
-
-    def count_params(self) -> int:
-        """Return the number of scalars in the weights."""
-        self._need_built("count_params")
-        return sum(int(np.prod(v.shape)) for v in self.weights)
-
-    def _need_built(self, what: str) -> None:
-        if not self.built:
-            raise ValueError(
-                f"You tried to call `{what}` on layer '{self.name}', but the layer isn't built. "
-                "Call `build(input_shape)` first, or call the layer on data."
-            )
-
-    @property
-    def losses(self) -> list[Any]:
-        """The penalty of the last call's output, then those of trainable weights."""
-        losses = [] if self._activity_loss is None else [self._activity_loss]
-        for variable in self.trainable_weights:
-            regularizer = getattr(
-                self.config, f"{variable.name.removesuffix('_kernel')}_regularizer"
-            )
-            if regularizer is not None:
-                losses.append(regularizer(variable.numpy()))
-        return losses
-
-    def apply_constraints(self) -> None:
-        """Project each weight on its constraint, as an optimizer does after a step."""
-        for variable in self.weights:
-            constraint = getattr(self.config, f"{variable.name.removesuffix('_kernel')}_constraint")
-            if constraint is not None:
-                variable.assign(constraint(variable.numpy()))
+            self._compiled = self._cuda = None
 
     # ---- configuration -----------------------------------------------------------------------
 
@@ -217,10 +115,15 @@ class SeparableConv1D:
         self._need_built("compile")
         options = options or BuildOptions()
         with self._lock:
-            library = self._find_library(options.target)
-            self._options, self._library, self._compiled = options, library, None
-            self._origin = None
-            self._ready()
+            if (options.target or "").startswith("cuda"):
+                self._cuda, self._gpu = cuda_tensors.compiled(self, 0, options), 0
+                self._library = None
+            else:
+                self._library, self._gpu = self._find_library(options.target), None
+                self._cuda = None
+            self._options, self._compiled, self._origin = options, None, None
+            if self._gpu is None:
+                self._ready()
 
     def _find_library(self, target: str | None) -> tuple[Path, Path]:
         from tvm_sepconv import jit  # here: its imports cost more than all of the package's others
@@ -228,26 +131,32 @@ class SeparableConv1D:
         assert self._channels is not None
         return jit.library(self.config.kernel_config(self._channels), target)
 
+    def _arrays(self) -> tuple[Array, Array, Array | None]:
+        depthwise, pointwise, *bias = (v.numpy().astype(self.dtype) for v in self.weights)
+        return depthwise, pointwise, bias[0] if bias else None
+
     def _ready(self) -> CompiledLayer:
         with self._lock:
             if self._compiled is None:
                 cached = self._origin is None  # … and the cache may have been cleared since
                 if self._library is None or (cached and not self._library[0].is_file()):
                     self._library = self._find_library(self._options.target)
-                depthwise, pointwise, *bias = (v.numpy().astype(self.dtype) for v in self.weights)
                 self._native_dtype = np.dtype(self.dtype)
-                self._compiled = CompiledLayer(
-                    *self._library, self.config, depthwise, pointwise, bias[0] if bias else None
-                )
+                library, runtime = self._library
+                self._compiled = CompiledLayer(library, runtime, self.config, *self._arrays())
             return self._compiled
 
     def save(
-        self, path: str | Path, targets: Sequence[str] | None = None, with_c: bool = False
+        self,
+        path: str | Path,
+        targets: Sequence[str] | None = None,
+        with_c: bool = False,
+        options: BuildOptions | None = None,
     ) -> None:
         """Write a bundle of this layer to the folder `path`; see `tvm_sepconv.save`."""
         from tvm_sepconv.saving import save  # which imports this module
 
-        save({self.name: self}, path, targets, with_c)
+        save({self.name: self}, path, targets, with_c, options)
 
     def _content(self) -> tuple[SepConvConfig, dict[str, Array]]:
         """What a bundle keeps of the layer."""
@@ -279,12 +188,14 @@ class SeparableConv1D:
             If the layer has to be compiled and cannot be.
         """
         compiled, array = self._compiled, type(inputs) is np.ndarray
+        if not array and tensors.on_gpu(inputs):
+            return cuda_tensors.call(self, inputs, out)
         shape = inputs.shape if array else tensors.shape_of(inputs)
         if compiled is None or not self._plain or len(shape) != 3:
             return self._call_any(inputs, out)
         # The short way, for what needs no conversion: the runtime checks both tensors and runs. All
         # that it does not take, wrong or merely unusual, goes the long way: explained or converted.
-        shape = self._kernel_output_shape(shape)
+        shape = self._geometry(shape)[0]
         try:
             if out is None:
                 y = np.empty(shape, self._native_dtype)
@@ -301,15 +212,17 @@ class SeparableConv1D:
 
     call = __call__
 
-    def _kernel_output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def _geometry(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+        """The kernel's output shape and the zeros to the left, for inputs of `shape`."""
         last = self._last_shapes  # most calls are of one shape, and checking takes microseconds
         if shape != last[0]:
             config = self.config
             config.check_input_shape(shape, self._channels)
-            steps = config.out_steps(shape[1 if config.channel_axis == -1 else 2])
-            rows = (steps, config.filters) if config.channel_axis == -1 else (config.filters, steps)
-            last = self._last_shapes = shape, (shape[0], *rows)
-        return last[1]
+            steps = shape[1 if config.channel_axis == -1 else 2]
+            rows = (config.out_steps(steps), config.filters)
+            rows = rows if config.channel_axis == -1 else rows[::-1]
+            last = self._last_shapes = shape, (shape[0], *rows), config.pad_amounts(steps)[0]
+        return last[1:]
 
     def _call_any(self, inputs: Any, out: Any) -> Any:
         config = self.config
@@ -317,26 +230,35 @@ class SeparableConv1D:
         tensors.check_float(x, "inputs", config.compute_dtype)
         if not self.built:
             self.build(x.shape)
-        shape = self._kernel_output_shape(x.shape)
+        shape, left = self._geometry(x.shape)
         final = shape if self._afterwards is None else self.compute_output_shape(x.shape)
         target = None if out is None else tensors.check_out(out, final, self.dtype, x)
-        compiled = self._ready()
         dtype = np.dtype(self.dtype)
-        x = tensors.with_rows(x, dtype)
-        y = None if target is None or self._afterwards is not None else target
-        if y is None or tensors.with_rows(y, dtype) is not y:
-            y = np.empty(shape, dtype)
-        if y.size:
-            compiled.run(x, y, 1 if config.channel_axis == -1 else 2)
-        if self._afterwards is not None:
-            y = np.asarray(self._afterwards(y)).astype(dtype, copy=False)
-        if config.activity_regularizer is not None:
-            self._activity_loss = config.activity_regularizer(y) / max(len(y), 1)
+        y = target if self._plain else None
+        if self._gpu is not None:
+            y = np.empty(shape, dtype) if y is None else y
+            cuda_tensors.ready(self, self._gpu).run_arrays(self._gpu, x, left, y)
+        else:
+            compiled = self._ready()
+            x = tensors.with_rows(x, dtype)
+            if y is None or tensors.with_rows(y, dtype) is not y:
+                y = np.empty(shape, dtype)
+            if y.size:
+                compiled.run(x, y, 1 if config.channel_axis == -1 else 2)
+        y = self._finish(y)
         if target is None:
             return back(y)
         if y is not target:
             np.copyto(target, y)
         return out
+
+    def _finish(self, y: Array) -> Array:
+        """Apply to the kernel's output what NumPy computes: an activation, the penalty."""
+        if self._afterwards is not None:
+            y = np.asarray(self._afterwards(y)).astype(self.dtype, copy=False)
+        if self.config.activity_regularizer is not None:
+            self._activity_loss = self.config.activity_regularizer(y) / max(len(y), 1)
+        return y
 
     # ---- copying -----------------------------------------------------------------------------
 
@@ -346,6 +268,7 @@ class SeparableConv1D:
             "channels": self._channels,
             "weights": self.get_weights(),
             "origin": self._origin,
+            "gpu": self._gpu,
             "options": self._options,
             "trainable": self.trainable,
         }
@@ -353,6 +276,7 @@ class SeparableConv1D:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._set_up(state["config"])
         self._options, self.trainable = state["options"], state["trainable"]
+        self._gpu = state["gpu"]
         if state["channels"] is not None:
             self._restore(state["channels"], state["weights"])
         if state["origin"] is not None:
@@ -374,9 +298,12 @@ class SeparableConv1D:
         entry = bundle.manifest["layers"].get(name, {})
         if entry.get("library") != wanted:  # saved anew since: its library is of other shapes
             raise BundleError(f"{path} no longer has a layer '{name}' with the kernel {wanted}")
-        runtime, libraries = bundle.libraries(chosen)
-        self._library = libraries[name], runtime
-        self._origin = bundle.path, chosen, name
+        self._take_library(bundle, chosen, name)
+
+    def _take_library(self, bundle: Bundle, target: str, name: str) -> None:
+        runtime, libraries = bundle.libraries(target)
+        self._library = None if runtime is None else (libraries[name], runtime)
+        self._origin = bundle.path, target, name
 
     def __repr__(self) -> str:
         return f"<SeparableConv1D name={self.name}, built={self.built}>"

@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tvm_sepconv.bundle import BundleError, open_bundle
+from tvm_sepconv import cuda_runtime, cuda_tensors
+from tvm_sepconv.bundle import Bundle, BundleError, open_bundle, read_manifest, usable
 from tvm_sepconv.config import SepConvConfig
-from tvm_sepconv.layer import WEIGHTS, SeparableConv1D
+from tvm_sepconv.layer import SeparableConv1D
+from tvm_sepconv.options import BuildOptions
+from tvm_sepconv.weights import WEIGHTS
 
 C_FILES = ("tvm_sepconv.h", "example.c")
 
@@ -18,31 +21,40 @@ def save(
     path: str | Path,
     targets: Sequence[str] | None = None,
     with_c: bool = False,
+    options: BuildOptions | None = None,
 ) -> None:
     """Write a bundle of several layers, by name, to the folder `path`.
 
     Parameters
     ----------
     targets
-        Names such as "x86_64-avx2" or "aarch64-neon"; None for every level of this host's family.
+        Names such as "x86_64-avx2", "aarch64-neon" or "cuda"; None for every level of this host's
+        family.
     with_c
         Put what a C program needs into the bundle's folder ``c``: the header and an example, whose
         first lines say how it is compiled.
+    options
+        How to compile for GPUs; without a target, which `targets` says.
 
     Raises
     ------
     ValueError
-        If a layer is not built or a target unknown.
+        If a layer is not built, a target unknown or said twice, or CUDA has no kernel for a layer.
     RuntimeError
-        If the compiler is not installed, naming the extra, or a linker is missing.
+        If the compiler is not installed, naming the extra, or a linker or nvcc is missing.
     """
+    if options is not None and options.target is not None:
+        raise ValueError(
+            "The `options` argument of `save` must have no target: the `targets` argument says "
+            f"them. Received: options.target={options.target!r}"
+        )
     from tvm_sepconv import jit  # here, as in layer.py
 
     for layer in layers.values():
         layer._need_built("save")
     contents = {name: layer._content() for name, layer in layers.items()}
     package = jit.compiler("tvm_sepconv.compiler.package")
-    package.write_bundle(contents, path, targets)
+    package.write_bundle(contents, path, targets, options)
     if with_c:  # no part of what is loaded: the bundle is complete without it
         from importlib.resources import files
 
@@ -52,13 +64,18 @@ def save(
             (folder / name).write_bytes((files("tvm_sepconv") / "native" / name).read_bytes())
 
 
-def load(path: str | Path, target: str | None = None) -> Any:
+def load(path: str | Path, target: str | None = None, device: Any = None) -> Any:
     """Load the layers of a bundle with the best libraries this machine can run.
 
     Parameters
     ----------
     target
         Use the libraries of this target instead.
+    device
+        Where arrays are computed: "cpu", "cuda" or "cuda:1". Weights are then on that GPU, and
+        tensors on another one are refused. None: on the CPU if the bundle has a library for it,
+        else on the first GPU. Tensors on a GPU are computed there by the bundle's CUDA library,
+        whatever is said here.
 
     Returns
     -------
@@ -69,9 +86,12 @@ def load(path: str | Path, target: str | None = None) -> Any:
     ------
     BundleError
         If the bundle is damaged, of a newer format, or has no library for this machine.
+    ValueError
+        If `device` is none, or no such GPU is here.
+    RuntimeError, MemoryError
+        If a GPU is asked for and cannot be used; see `tvm_sepconv.cuda_runtime`.
     """
-    bundle, chosen = open_bundle(path, target)
-    runtime, libraries = bundle.libraries(chosen)
+    bundle, chosen, index = _choose(path, target, device)
     weights = bundle.weights()
     layers = {}
     for name, config in bundle.layers.items():
@@ -79,11 +99,33 @@ def load(path: str | Path, target: str | None = None) -> Any:
         kernel = bundle.kernel(chosen, name)
         values = _matching(weights[name], config, kernel, f"{path}: layer '{name}'")
         layer._restore(kernel["channels"], values)
-        layer._library = libraries[name], runtime
-        layer._origin = bundle.path, chosen, name
-        layer._ready()
+        layer._take_library(bundle, chosen, name)
+        layer._gpu = index
+        if index is None:
+            layer._ready()
+        else:
+            cuda_tensors.ready(layer, index)
         layers[name] = layer
     return next(iter(layers.values())) if len(layers) == 1 else layers
+
+
+def _choose(path: str | Path, target: str | None, device: Any) -> tuple[Bundle, str, int | None]:
+    """The bundle, the target whose libraries are for arrays, and the GPU if they run on one."""
+    index = None if device is None else cuda_runtime.index_of(device)
+    on_gpu = target is not None and target.startswith("cuda")
+    if target is None and device is None:
+        names = read_manifest(Path(path))["libraries"]
+        on_gpu = not usable(names) and any(name.startswith("cuda") for name in names)
+    elif device is not None and target is not None and on_gpu != (index is not None):
+        raise ValueError(
+            "The `target` and `device` arguments must both be of a CPU or both of a GPU. Received: "
+            f"target={target}, device={device}"
+        )
+    if on_gpu and index is None:
+        index = 0
+    if index is None:
+        return *open_bundle(path, target), None
+    return *open_bundle(path, target or cuda_tensors.bundle_target(path, index)), index
 
 
 def _matching(

@@ -1,7 +1,8 @@
 """Targets by name, and which of them this machine can run; no compiler needed.
 
 A target is ``<isa>`` or ``<isa>@<core>``: one spelling for the command line, library folders and
-log files. The core tunes, the instruction set decides where a library runs.
+log files. The core tunes, the instruction set decides where a library runs. For a GPU the isa is
+``cuda`` or ``cuda-<arch>``, and what stands behind the @ is the processor beside it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # Flags of /proc/cpuinfo that a library of that instruction set needs: x86-64-v2, -v3, -v4, Armv8.0,
@@ -36,6 +38,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
 }
 CORES = ("cortex-a53", "cortex-a55", "cortex-a72", "cortex-a76", "neoverse-n1")
 CUDA_ARCHS = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90")
+CUDA_HOSTS = ("aarch64", "x86_64")  # the processors beside NVIDIA's GPUs
 _SHORT = {"arm": "aarch64-neon@cortex-a76"}
 MACHINES = {"arm64": "aarch64", "armv7l": "armv7", "armv8l": "armv7", "amd64": "x86_64"}
 _NARROW = {"aarch64": "armv7", "x86_64": "i686"}
@@ -80,6 +83,8 @@ def runnable() -> tuple[str, ...]:
 def missing_features(isa: str) -> tuple[str, ...]:
     """What this machine lacks to run libraries of `isa`: CPU flags, or the architecture."""
     arch = isa.split("-")[0]
+    if arch == "cuda":
+        return ("an NVIDIA GPU",)
     if arch != machine():
         return (f"the {arch} architecture (this machine is {machine()})",)
     if isa not in FEATURES:
@@ -100,15 +105,44 @@ def resolve(name: str) -> str:
         return levels[0] if levels else "x86_64-avx2"
     name = _SHORT.get(name, name)
     isa, _, core = name.partition("@")
-    cores = CORES if isa.startswith("a") else ()
     cuda = ("cuda", *(f"cuda-{arch}" for arch in CUDA_ARCHS))
-    if name in cuda or (isa in FEATURES and ("@" not in name or core in cores)):
+    cores: tuple[str, ...] = CORES if isa.startswith("a") else ()
+    if isa in cuda:
+        cores = CUDA_HOSTS
+    if (isa in cuda or isa in FEATURES) and ("@" not in name or core in cores):
         return name
     raise ValueError(
         f"The `target` argument must be one of {sorted(FEATURES)}, for ARM with "
-        f"@{'|'.join(CORES)}, cuda, {', '.join('cuda-' + a for a in CUDA_ARCHS)}, or the "
-        f"short names x86 and arm. Received: target={name}"
+        f"@{'|'.join(CORES)}, {', '.join(cuda)}, with @{'|'.join(CUDA_HOSTS)} for another "
+        f"processor beside the GPU, or the short names x86 and arm. Received: target={name}"
     )
+
+
+def cuda_code(archs: Sequence[str], ptx: str, capability: int) -> int | None:
+    """Say which code of a CUDA library a GPU runs, the best first.
+
+    Parameters
+    ----------
+    archs, ptx
+        What the library has machine code for, and the PTX of one.
+    capability
+        Of the GPU, such as 90.
+
+    Returns
+    -------
+    int or None
+        0 for its own architecture's, 1 for an older one's of its generation, 2 for what the driver
+        compiles of the PTX; None if it runs none.
+    """
+    numbers = [int(arch.removeprefix("sm_")) for arch in archs]
+    if capability in numbers:
+        return 0
+    # Jetsons and the cards of the same generation do not run each other's.
+    on_chip = {72, 87}
+    older = [n for n in numbers if n // 10 == capability // 10 and n < capability]
+    if capability not in on_chip and any(n not in on_chip for n in older):
+        return 1
+    return 2 if int(ptx.removeprefix("sm_")) < capability else None
 
 
 def host_family() -> tuple[str, ...]:

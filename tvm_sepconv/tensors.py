@@ -12,6 +12,8 @@ import numpy.typing as npt
 
 Array = npt.NDArray[Any]
 _CPU_DEVICES = (1, 3)  # kDLCPU, kDLCUDAHost
+CUDA = 2  # kDLCUDA
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 _WIDEST_ROW = 2**16  # elements from row to row: kernels index a tile of rows with 32 bits
 # Exact up to this effort, "yes" beyond: views may be interleaved without sharing an element.
 _OVERLAP_WORK: Any = 10_000
@@ -48,12 +50,13 @@ def to_numpy(value: Any, name: str = "inputs") -> tuple[Array, Callable[[Array],
 def _from_dlpack(value: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
     device, index = value.__dlpack_device__()
     if int(device) not in _CPU_DEVICES:
+        place = "CPU, as the inputs are" if name == "out" else "CPU or an NVIDIA GPU"
         raise ValueError(
-            f"The `{name}` argument must be on the CPU. Received: a {type(value).__name__} on "
-            f"DLPack device type {int(device)}, index {index}; move it to the CPU first"
+            f"The `{name}` argument must be on the {place}. Received: a {type(value).__name__} "
+            f"on DLPack device type {int(device)}, index {index}; move it to the CPU first"
         )
     back = way_back(value)
-    if _is_lazily_negated(value):
+    if is_lazily_negated(value):
         if name == "out":
             raise ValueError(
                 "The `out` argument must be plain memory. Received: a tensor that torch negates "
@@ -64,6 +67,10 @@ def _from_dlpack(value: Any, name: str) -> tuple[Array, Callable[[Array], Any]]:
         value = value.resolve_conj()
     if getattr(value, "requires_grad", False):
         value = value.detach()  # inference: torch exports no tensor that still records gradients
+    if str(getattr(value, "dtype", None)) == "torch.bfloat16":  # which NumPy's DLPack lacks
+        need_bfloat16()
+        integers = value.view(sys.modules["torch"].int16)  # of the same 16 bits
+        return np.from_dlpack(integers).view("bfloat16"), back
     try:
         return np.from_dlpack(value), back
     except (BufferError, RuntimeError, TypeError):
@@ -84,25 +91,37 @@ def way_back(value: Any) -> Callable[[Array], Any]:
     """Return the `from_dlpack` of the framework that `value` is from."""
     if isinstance(value, np.ndarray):  # a subclass of it: outputs are plain arrays
         return lambda y: y
-    if type(value).__module__ == "torch":  # half the time of its from_dlpack
-        return sys.modules["torch"].from_numpy  # type: ignore[no-any-return]
+    if type(value).__module__ == "torch":
+        return _to_torch
     if hasattr(value, "__array_namespace__"):
         namespace = value.__array_namespace__()
         # ml_dtypes' bfloat16, which is of this kind to NumPy, is not in its DLPack.
         return lambda y: (
             namespace.asarray(y, device=value.device)
-            if y.dtype.kind == "V"
+            if getattr(y.dtype, "kind", None) == "V"
             else namespace.from_dlpack(y)
         )
     root = sys.modules[type(value).__module__.partition(".")[0]]
     if root.__name__ == "tensorflow":
-        return root.experimental.dlpack.from_dlpack  # type: ignore[no-any-return]
+        # Its from_dlpack takes a capsule, and NumPy makes none of bfloat16.
+        return lambda y: (
+            root.constant(y)
+            if y.dtype.kind == "V"
+            else root.experimental.dlpack.from_dlpack(y.__dlpack__())
+        )
     if hasattr(root, "from_dlpack"):
         return root.from_dlpack  # type: ignore[no-any-return]
     return lambda y: y
 
 
-def _is_lazily_negated(value: Any) -> bool:
+def _to_torch(y: Array) -> Any:
+    torch = sys.modules["torch"]
+    if y.dtype.kind == "V":  # bfloat16, which torch knows and NumPy does not
+        return torch.from_numpy(y.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(y)  # half the time of its from_dlpack
+
+
+def is_lazily_negated(value: Any) -> bool:
     """Whether `value` is a view that torch negates when it reads it: DLPack knows no such thing."""
     is_neg = getattr(value, "is_neg", None)
     return is_neg is not None and bool(is_neg())
@@ -111,7 +130,7 @@ def _is_lazily_negated(value: Any) -> bool:
 def shape_of(value: Any) -> tuple[int, ...]:
     """Return the shape of a tensor whose memory DLPack exports as it is, else ()."""
     shape = getattr(value, "shape", None) if hasattr(value, "__dlpack__") else None
-    return shape if isinstance(shape, tuple) and not _is_lazily_negated(value) else ()
+    return shape if isinstance(shape, tuple) and not is_lazily_negated(value) else ()
 
 
 def writable(out: Any) -> Any:
@@ -123,7 +142,7 @@ def writable(out: Any) -> Any:
         If its memory is not exported as it is.
     """
     if type(out).__module__ == "torch":  # none of its tensors is read-only: no need to ask NumPy
-        return None if _is_lazily_negated(out) else out
+        return None if is_lazily_negated(out) else out
     if not hasattr(out, "__dlpack__") or is_immutable(out):
         return None
     array = np.from_dlpack(out)
@@ -135,7 +154,15 @@ def is_immutable(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] in ("jax", "jaxlib", "tensorflow")
 
 
-def check_float(array: Array, name: str, dtype: str) -> None:
+def on_gpu(value: Any) -> bool:
+    """Whether `value` is a tensor in the memory of an NVIDIA GPU."""
+    found = getattr(value, "is_cuda", None)  # torch's, which takes a tenth of the time
+    if found is None and hasattr(value, "__dlpack_device__"):
+        return int(value.__dlpack_device__()[0]) == CUDA
+    return bool(found)
+
+
+def check_float(array: Any, name: str, dtype: str) -> None:
     """Refuse what would have to be converted silently: integers, bool, complex, objects.
 
     Raises
@@ -143,10 +170,13 @@ def check_float(array: Array, name: str, dtype: str) -> None:
     TypeError
         Naming the dtype and `.astype`.
     """
-    if array.dtype.kind != "f" and array.dtype.name != "bfloat16":
+    found = array.dtype
+    # NumPy has floats beyond these; other frameworks' dtypes are known by their last name.
+    own = str(found).rpartition(".")[2]
+    if getattr(found, "kind", None) != "f" and own not in _FLOATS:
         raise TypeError(
             f"The `{name}` argument must have a floating-point dtype. Received: "
-            f"{name}.dtype={array.dtype}. Convert it with `.astype('{dtype}')` if that is meant"
+            f"{name}.dtype={found}. Convert it with `.astype('{dtype}')` if that is meant"
         )
 
 

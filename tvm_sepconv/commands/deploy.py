@@ -197,7 +197,7 @@ def stage(opened: Bundle, chosen: Sequence[str], folder: Path) -> dict[str, int]
         If one of its files is missing, truncated or altered.
     """
     whole: dict[str, Any] = opened.manifest
-    archs = dict.fromkeys(name.split("-")[0] for name in chosen)
+    archs = dict.fromkeys(name.split("-")[0] for name in chosen if not bundle.is_cuda(name))
     part = {
         **whole,
         "libraries": {name: whole["libraries"][name] for name in chosen},

@@ -69,7 +69,7 @@ class Lines:
             best, default = microseconds(task.best_secs), microseconds(task.default_secs)
             left = clock(self.tuning.secs_left())
             self.say(
-                f"{task.name}: {now.trials}/{now.of} trials, best {best} µs "
+                f"{task.name}: {now.trials}/{now.of} trials, best {best} {self.tuning.unit} "
                 f"({self.tuning.baseline} {default}), "
                 f"{sum(task.failures[:2])} failed, {left} left in all"
             )
@@ -111,12 +111,13 @@ def summary(task: Task, tuning: Tuning) -> str:
             f"recorded: {failed}. The first error:\n    {_last_lines(failure, REASON_LINES)}"
         )
     failed += f" (the first: {_last_lines(failure, 1)})" if failure else ""
-    parts = [f"best {microseconds(task.best_secs)} µs{gain(task, tuning)}"]
+    parts = [f"best {microseconds(task.best_secs)} {tuning.unit}{gain(task, tuning)}"]
     if not math.isnan(task.default_secs):
-        parts.insert(0, f"{tuning.baseline} {microseconds(task.default_secs)} µs")
+        parts.insert(0, f"{tuning.baseline} {microseconds(task.default_secs)} {tuning.unit}")
     if share := tuning.share_of_peak(task):
         parts.append(f"{share:.0%} of peak")
     turns = f"measured in turns, noise {found.noise:.0%}"
+    turns = turns if tuning.unit == "µs" else "modelled"
     parts.append("measured once" if math.isnan(found.noise) else turns)
     where = f"recorded in {short(found.path)}" if found.path else "not recorded"
     return f"{', '.join(parts)}; {task.done} trials, {failed}; {where}"
@@ -184,8 +185,7 @@ def as_json(task: Task, tuning: Tuning) -> dict[str, Any]:
         "reason": task.reason or None,
         "trials": task.done,
         "trials_asked": task.trials,
-        f"{tuning.baseline}_secs": _number(task.default_secs),
-        "best_secs": _number(task.best_secs),
+        **_costs(task, tuning),
         "noise": _number(found.noise) if found else None,
         "share_of_peak": tuning.share_of_peak(task),
         "flops": task.flops,
@@ -197,6 +197,14 @@ def as_json(task: Task, tuning: Tuning) -> dict[str, Any]:
         "first_failure": (now.failure or None) if now else None,
         "elapsed_secs": _number(task.elapsed_secs),
     }
+
+
+def _costs(task: Task, tuning: Tuning) -> dict[str, float | None]:
+    """The seconds of the baseline and of the best; the cycles where those are modelled."""
+    both = {tuning.baseline: _number(task.default_secs), "best": _number(task.best_secs)}
+    if tuning.unit == "µs":
+        return {f"{name}_secs": secs for name, secs in both.items()}
+    return {f"{n}_cycles": None if secs is None else round(secs * 1e6) for n, secs in both.items()}
 
 
 def _number(value: float) -> float | None:

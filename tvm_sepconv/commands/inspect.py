@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tvm_sepconv import bundle, targets
+from tvm_sepconv import bundle, gpu
 
 HELP = "verify a bundle and show what it holds"
 DESCRIPTION = (
@@ -36,17 +37,37 @@ def run(options: argparse.Namespace) -> int:
     print("\nlayers")
     for name, entry in manifest["layers"].items():
         print(f"  {name}: {entry['library']}")
-    able = [t for isa in targets.runnable() for t in libraries if t.partition("@")[0] == isa]
+    able = bundle.usable(list(libraries))
     notes = {**dict.fromkeys(able, " (runs here)"), **dict.fromkeys(able[:1], " (used here)")}
+    if gpu.missing() is None:
+        with contextlib.suppress(bundle.BundleError):
+            opened = bundle.Bundle(path, manifest)
+            chosen = bundle.cuda_target(opened, gpu.capability(0), gpu.driver_version())
+            notes[chosen] = " (used on cuda:0)"
     for target, group in libraries.items():
         print(f"\n{target}{notes.get(target, '')}")
+        if bundle.is_cuda(target):
+            for text in dict.fromkeys(map(bundle.gpu_needs, group.values())):
+                print(f"  {text}")
         for key, entry in group.items():
             print(f"  {key}: {origins(entry['variants'])}")
     return 0
 
 
 def origins(variants: Sequence[dict[str, Any]]) -> str:
-    """Return kernels by the steps of their tiles, and where their decisions are from."""
+    """Return kernels by the steps of their tiles, and where their decisions are from.
+
+    Those of GPUs come by architecture, the ones that have the same together.
+    """
+    if any("archs" in variant for variant in variants):
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for variant in variants:
+            groups.setdefault(", ".join(variant["archs"]), []).append(variant)
+        return "; ".join(f"{archs}: {_tiles(group)}" for archs, group in groups.items())
+    return _tiles(variants)
+
+
+def _tiles(variants: Sequence[dict[str, Any]]) -> str:
     tiles: dict[str, list[str]] = {}
     for variant in variants:
         origin = variant["origin"]

@@ -87,8 +87,8 @@ class LiveTable:
         room = self.console.width - (94 if wide else 68)
         table.add_column("layer", no_wrap=True, overflow="ellipsis", max_width=min(names, room))
         table.add_column("state", no_wrap=True, min_width=11 if wide else 9)
-        heads = ["trials", "best µs", *["peak"] * peaks, self.tuning.baseline, "gain"]
-        heads += ["build/run/rej." if wide else "failed", "time", "left"]
+        heads = ["trials", f"best {self.tuning.unit}", *["peak"] * peaks, self.tuning.baseline]
+        heads += ["gain", "build/run/rej." if wide else "failed", "time", "left"]
         for head in heads:
             table.add_column(head, justify="right", no_wrap=True)
         if wide:

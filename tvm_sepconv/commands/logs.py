@@ -157,13 +157,18 @@ def _cells(record: Record) -> tuple[str, ...]:
         kernel_name(record.config),
         f"{record.batch}×{record.steps}",
         str(record.threads),
-        f"{record.median_secs * 1e6:.1f}",
-        f"{record.default_secs * 1e6:.1f}",
+        _time(record, record.median_secs),
+        _time(record, record.default_secs),
         f"{record.default_secs / record.median_secs:.2f}×",
         f"{record.noise:.1%}",
         str(record.trials),
         record.date[:10],
     )
+
+
+def _time(record: Record, secs: float) -> str:
+    """Of a record, in µs; a modelled one has cycles."""
+    return f"{secs * 1e6:.1f}" if record.modelled is None else f"{secs * 1e6:.0f} cycles"
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:
@@ -234,6 +239,8 @@ def _told(change: Change) -> str:
         return f"{text}: {_figure(record)}, which is the same"
     machine = "the same" if other.machine == record.machine else "another"
     why = f"{'faster' if machine == 'the same' else 'newer'}, of {machine} machine"
+    if (other.modelled is None) != (record.modelled is None):
+        why = "measured, not modelled"
     if change.outcome == "kept":
         return f"{text}: {_figure(other)}, not {_figure(record)}: {why}"
     return f"{text}: {_figure(other)} by {_figure(record)}: {why}"
@@ -241,7 +248,9 @@ def _told(change: Change) -> str:
 
 def _figure(record: Record) -> str:
     size = f"{record.batch}×{record.steps}"
-    return f"{record.median_secs * 1e6:.1f} µs ({size}, {record.machine}, {record.date[:10]})"
+    what = "µs" if record.modelled is None else "modelled cycles"
+    time = f"{record.median_secs * 1e6:.{1 if record.modelled is None else 0}f} {what}"
+    return f"{time} ({size}, {record.machine}, {record.date[:10]})"
 
 
 # ---- prune -------------------------------------------------------------------------------------

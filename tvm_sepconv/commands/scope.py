@@ -14,9 +14,6 @@ from tvm_sepconv.subjects import Subject
 
 # One layer each of the sizes that differ most: many taps, few steps, small.
 DEFAULT_WORKLOADS = ("QN-B1", "CN-21", "MB-1")
-NO_CUDA = (
-    "is not part of this version yet: of CUDA it has the schedule and the source code it makes"
-)
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

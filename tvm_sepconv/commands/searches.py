@@ -135,6 +135,8 @@ class Tuning:
         Whether the user has asked to stop.
     baseline
         What the best is compared with: "default", or "recorded" for MetaSchedule's own space.
+    unit
+        What times are shown in: "µs", or "cycles" of a modelled core, whose seconds have a million.
     """
 
     tasks: Sequence[Task]
@@ -142,6 +144,7 @@ class Tuning:
     peak_flops: float | None = None
     stopping: threading.Event = field(default_factory=threading.Event)
     baseline: str = "default"
+    unit: str = "µs"
     began: float = field(default_factory=lambda: time.monotonic())
 
     @property

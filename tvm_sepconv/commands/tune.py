@@ -9,14 +9,15 @@ import math
 import os
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from tvm_sepconv import gpu, jit, selection, targets
+from tvm_sepconv import jit, selection, targets
 from tvm_sepconv.bench import limits, timing
-from tvm_sepconv.commands import display, scope
+from tvm_sepconv.commands import display, scope, tune_cuda
 from tvm_sepconv.commands.display import Display
 from tvm_sepconv.commands.searches import Task, Tuning, interrupts, search
 from tvm_sepconv.kernel_config import KernelConfig
@@ -33,6 +34,10 @@ EPILOG = None
 DEFAULT_TRIALS = 32
 PEAK_SECS = 0.2
 MOST_NAMES = 6  # that are listed
+_MODELLED = (
+    "There is no board (--rpc) and this is no such machine: candidates are emulated and scored by "
+    "modelled cycles, which are no time; long inputs are shortened"
+)
 SPACES = {"tvm_sepconv": "tvm_sepconv", "auto": "metaschedule"}
 
 
@@ -66,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work-dir", type=Path, metavar="DIR",
         help="for what a search leaves behind; default: work/ of a checkout, else in the cache",
     )  # fmt: skip
+    tune_cuda.add_arguments(parser)
     boards = parser.add_argument_group("measuring on boards")
     boards.add_argument("--rpc", metavar="HOST:PORT", help="of TVM's RPC tracker")
     boards.add_argument("--key", metavar="KEY", help="which the boards' servers registered with")
@@ -79,11 +85,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     _check(options)
-    target = scope.target(options.target)
+    target = tune_cuda.target(scope.target(options.target), options)
     _check_tunable(target, options.rpc is not None)
+    modelled = _is_modelled(target, options)
     kernels = _kernels(options)
+    if modelled:
+        kernels = [(_shortened(subject, config), config) for subject, config in kernels]
     scope.use_logs(options.logs)
-    here = options.rpc is None and options.replay is None
+    here = options.rpc is None and options.replay is None and not modelled
+    here = here and not target.startswith("cuda")
     own = options.space == "tvm_sepconv"
     if own and options.replay is None:
         # Refused before an hour was spent.
@@ -93,7 +103,10 @@ def run(options: argparse.Namespace) -> int:
         deadline=time.monotonic() + 60 * options.minutes if options.minutes else math.inf,
         peak_flops=_peak_flops(target, options.num_threads) if here else None,
         baseline="default" if own else "recorded",
+        unit="cycles" if modelled else "µs",
     )
+    if modelled:
+        tuning.peak_flops = jit.compiler("tvm_sepconv.compiler.tuning.modelled.cycles").PEAK_FLOPS
     with ExitStack() as stack:
         file = _json_file(options.json, stack)
         stream = sys.stderr if file is sys.stdout else sys.stdout
@@ -104,6 +117,8 @@ def run(options: argparse.Namespace) -> int:
             what = ", ".join(names) if len(names) <= MOST_NAMES else f"{len(names)} layers"
             head = f"Tuning {what} for {target}, up to {options.trials} trials each"
             print(head, file=stream, flush=True)
+            if modelled:
+                print(_MODELLED, file=stream, flush=True)
         with display.display(tuning, stream, options.quiet) as show:
             for task, (subject, config) in zip(tuning.tasks, kernels, strict=True):
                 _tune(task, tuning, subject, config, settings, show)
@@ -122,7 +137,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _kernels(options: argparse.Namespace) -> list[tuple[Subject, KernelConfig]]:
     """The layers that were asked for; what is replayed must have them."""
-    kernels = scope.kernels(selection.chosen(options, scope.DEFAULT_WORKLOADS))
+    chosen = selection.chosen(options, scope.DEFAULT_WORKLOADS)
+    kernels = scope.kernels(tune_cuda.subject(layer, options.precision) for layer in chosen)
     replay: Path | None = options.replay
     if replay is not None and not replay.is_dir() and len(kernels) > 1:
         raise ValueError(
@@ -175,32 +191,47 @@ def _check(options: argparse.Namespace) -> None:
 
 def _check_tunable(target: str, boards: bool) -> None:
     instead = f"tune for this machine's processor: --target {(*targets.runnable(), 'x86')[0]}"
-    if target.startswith("cuda"):
-        if reason := gpu.missing():
-            raise ValueError(
-                "Tuning for CUDA measures kernels on an NVIDIA GPU, and this machine has none to "
-                f"use: {reason}. Run it on a machine with a GPU and its driver, or {instead}. "
-                f"(Beyond that, tuning for CUDA {scope.NO_CUDA}.)"
-            )
-        raise ValueError(f"Tuning for CUDA {scope.NO_CUDA}. You can {instead}")
-    lacking = targets.missing_features(target.partition("@")[0])
-    if lacking and not boards:
+    on_gpu = target.startswith("cuda")
+    lacking = () if on_gpu else targets.missing_features(target.partition("@")[0])
+    if lacking and not boards and not target.startswith("aarch64"):
         raise ValueError(
             f"Tuning for {target} measures kernels, and this machine lacks {', '.join(lacking)}. "
             "Run it on such a machine, let such machines measure with --rpc HOST:PORT --key KEY, "
             f"or {instead}"
         )
     jit.need_compiler()
-    needed = ("xgboost", "cloudpickle", "psutil", *["tornado"] * boards)
+    needed = (*["xgboost"] * (not on_gpu), "cloudpickle", "psutil", *["tornado"] * boards)
     if absent := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise ValueError(
             f"Tuning needs {', '.join(absent)}: pip install 'tvm-sepconv[compiler,tune]'"
         )
 
 
+def _is_modelled(target: str, options: argparse.Namespace) -> bool:
+    """Whether candidates are scored without running on such a core: 64-bit ARM's can be."""
+    if not target.startswith("aarch64") or options.rpc is not None:
+        return False
+    if not targets.missing_features(target.partition("@")[0]):
+        return False
+    if options.num_threads > 1:
+        raise ValueError(
+            "Cycles are modelled for one thread: leave `--num-threads` out, or name a board with "
+            f"--rpc HOST:PORT --key KEY. Received: {options.num_threads}"
+        )
+    if options.space != "tvm_sepconv":
+        raise ValueError(f"`--space auto` is measured, and this machine cannot run {target}")
+    return True
+
+
+def _shortened(subject: Subject, config: KernelConfig) -> Subject:
+    """The layer with an input that does not take long under emulation."""
+    score = jit.compiler("tvm_sepconv.compiler.tuning.modelled.score")
+    return replace(subject, steps=score.shortened(config, subject.batch, subject.steps))
+
+
 def _settings(options: argparse.Namespace, target: str, stack: ExitStack) -> dict[str, Any]:
     """What all layers' searches have in common."""
-    chosen = jit.compiler("tvm_sepconv.compiler.targets").cpu(target)
+    chosen = jit.compiler("tvm_sepconv.compiler.targets").of(target)
     settings = {
         "target": chosen,
         "trials": options.trials,
@@ -211,6 +242,7 @@ def _settings(options: argparse.Namespace, target: str, stack: ExitStack) -> dic
         "resume": options.resume,
         "replay": options.replay,
         "runner": None,
+        "allow_tf32": options.precision == "tf32",
     }
     if options.rpc is not None:
         address = Address.parse(options.rpc)
@@ -219,6 +251,9 @@ def _settings(options: argparse.Namespace, target: str, stack: ExitStack) -> dic
         boards = jit.compiler("tvm_sepconv.compiler.tuning.boards").Boards
         opened = boards(address, options.key, chosen, options.num_threads)
         settings["runner"] = stack.enter_context(opened)
+    elif _is_modelled(target, options) and options.replay is None:
+        modelled = jit.compiler("tvm_sepconv.compiler.tuning.modelled.runner").Modelled
+        settings["runner"] = stack.enter_context(closing(modelled(chosen)))
     return settings
 
 

@@ -34,11 +34,11 @@ _FORMATS = {"float16": (16, 0), "bfloat16": (16, 1), "float32": (32, 0), "float6
 class Variant:
     """One kernel of a library, and where its tiling is from.
 
-    ``origin`` is "default", "tuned", or "transferred" from the record of a shape at ``distance``;
-    ``record_secs`` is that record's time.
+    ``origin`` is "default", "tuned", or "transferred" from the record of a shape at ``distance``,
+    with ", modelled" where nothing was measured; ``record_secs`` is what was.
     """
 
-    tiling: Tiling
+    tiling: Any
     origin: str = "default"
     record_secs: float | None = None
     distance: float | None = None
@@ -61,9 +61,11 @@ def scheduled(
     ragged: bool = False,
 ) -> tvm.tirx.PrimFunc:
     """The layer's compute under the target's schedule with the decisions of `tiling`."""
-    lanes = target.lanes(config.accumulation_dtype)
-    sch = Schedule(compute.sepconv1d(config, lanes, interior, ragged))
-    return fuse(sch, config, lanes, tiling, interior).mod["main"]
+    unit = target.family.UNITS[target.isa]
+    lanes = unit.lanes(config.accumulation_dtype)
+    spread = unit.spreads(config)
+    sch = Schedule(compute.sepconv1d(config, lanes, interior, ragged, spread))
+    return fuse(sch, config, unit, tiling, interior).mod["main"]
 
 
 def compile_kernels(
@@ -87,8 +89,7 @@ def variants(config: KernelConfig, target: CpuTarget) -> tuple[Variant, ...]:
     logs.announce(config, target.name, match)
     if match is None:
         return tuple(Variant(t) for t in target.family.default_tilings(config, target.isa))
-    record = match.record
-    long = Variant(match.tiling, match.origin, record.median_secs, match.distance or None)
+    long = Variant(match.tiling, match.origin, match.secs, match.distance or None)
     return with_long(config, target, long)
 
 

@@ -50,7 +50,11 @@ def packed_shapes(config: KernelConfig, lanes: int) -> dict[str, tuple[int, ...]
 
 @functools.lru_cache(maxsize=64)  # a library's variants are schedules of the same one or two
 def sepconv1d(
-    config: KernelConfig, lanes: int, interior: bool = False, ragged: int = 0
+    config: KernelConfig,
+    lanes: int,
+    interior: bool = False,
+    ragged: int = 0,
+    spread: bool = False,
 ) -> PrimFunc:
     """SeparableConv1D as a schedulable function of NumPy-like buffers.
 
@@ -67,12 +71,15 @@ def sepconv1d(
 
     In channels_first the output is ``(batch, filters, steps/lanes, lanes)``, whole vectors only,
     except in the `ragged` form, which is for any number of steps.
+
+    The `spread` form, of channels_last, has a stage more: it writes every element of the
+    intermediate as a whole vector, for units that do not multiply by a number in memory.
     """
     if config.data_format == "channels_last":
-        arguments = _channels_last(config, lanes, interior)
+        arguments = _channels_last(config, lanes, interior, spread)
     else:
         arguments = _channels_first(config, lanes, interior, ragged)
-    return _relax_arguments(te.create_prim_func(arguments), config.dtype)
+    return relax_arguments(te.create_prim_func(arguments), config.dtype)
 
 
 class _Arguments:
@@ -110,7 +117,9 @@ class _Arguments:
         return [x, self.depthwise, self.pointwise, *bias, self.left, output]
 
 
-def _channels_last(config: KernelConfig, lanes: int, interior: bool) -> list[te.Tensor | tirx.Var]:
+def _channels_last(
+    config: KernelConfig, lanes: int, interior: bool, spread: bool
+) -> list[te.Tensor | tirx.Var]:
     a = _Arguments(config, lanes)
     acc, m, c = config.accumulation_dtype, config.depth_multiplier, config.channels
     stride, dilation = config.strides, config.dilation_rate
@@ -135,11 +144,22 @@ def _channels_last(config: KernelConfig, lanes: int, interior: bool) -> list[te.
         ),
         name="depthwise",
     )
+    if spread:
+        vectors = te.compute(
+            (a.batch, a.long_steps, m, lined, lanes),
+            lambda n, t, j, ch, i: depthwise[n, t, j, ch],
+            name="spread",
+        )
+
+    def factor(n: PrimExpr, t: PrimExpr, lane: PrimExpr) -> PrimExpr:
+        if spread:
+            return vectors[n, t, a.multiplier, a.channels, lane]
+        return depthwise[n, t, a.multiplier, a.channels]
+
     pointwise = te.compute(
         (a.batch, a.long_steps, panels, lanes),
         lambda n, t, fo, fi: te.sum(
-            depthwise[n, t, a.multiplier, a.channels]
-            * a.pointwise[fo, a.multiplier * c + a.channels, fi],
+            factor(n, t, fi) * a.pointwise[fo, a.multiplier * c + a.channels, fi],
             axis=[a.multiplier, a.channels],
         ),
         name="pointwise",
@@ -227,7 +247,12 @@ def _channels_first(
     return a.list(x, output)
 
 
-def _relax_arguments(func: PrimFunc, dtype: str) -> PrimFunc:
+_PREFIX = {"x": "x", "output": "y"}
+
+
+def relax_arguments(
+    func: PrimFunc, dtype: str, names: tuple[str, ...] = ("x", "output")
+) -> PrimFunc:
     """Give `x` and `output` free batch and row strides and one element's alignment.
 
     `create_prim_func` always declares compact buffers aligned to 64 bytes, and the code then uses
@@ -236,17 +261,19 @@ def _relax_arguments(func: PrimFunc, dtype: str) -> PrimFunc:
     """
     bits = int(re.sub(r"\D", "", dtype))
     script = func.script()
-    for name, prefix in (("x", "x"), ("output", "y")):
+    for name in names:
+        prefix = _PREFIX[name]
         old = re.search(rf'\b{name}: T\.Buffer\((\(.*?\))(, "\w+")?\)', script)
         assert old is not None, script  # TVM prints every argument so
-        *_, extent = extents = old[1].strip("()").split(", ")
+        shape = old[1].replace(" // 4 * 4", "")  # whole vectors of symbolic steps: see compute_cuda
+        *_, extent = extents = shape.strip("()").split(", ")
         inner = "1" if len(extents) == 3 else f"{extent}, 1"
         new = (
-            f"{name}: T.Buffer({old[1]}{old[2] or ''}, "
+            f"{name}: T.Buffer({shape}{old[2] or ''}, "
             f'strides=("{prefix}_batch", "{prefix}_row", {inner}), align={bits // 8})'
         )
         script = script.replace(old[0], new, 1)
-    names = "x_batch, x_row, y_batch, y_row"
-    declared = ", ".join(["T.int32()"] * 4)
-    script = script.replace("    T.func_attr", f"    {names} = {declared}\n    T.func_attr", 1)
+    variables = [f"{_PREFIX[name]}_{axis}" for name in names for axis in ("batch", "row")]
+    declared = f"{', '.join(variables)} = {', '.join(['T.int32()'] * len(variables))}"
+    script = script.replace("    T.func_attr", f"    {declared}\n    T.func_attr", 1)
     return tvm.script.from_source(script)

@@ -1,121 +1,157 @@
-"""CUDA C of a layer's kernel, and how to launch it; needs no GPU, driver or nvcc."""
+"""CUDA libraries: every kernel a layer needs on some architectures, in one shared library.
+
+A library's variants are chosen by architecture first, then by how much work a call has. Neither
+building nor writing the source needs a GPU or its driver.
+"""
 
 from __future__ import annotations
 
-import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
-import tvm
-from tvm.s_tir import Schedule
-
-from tvm_sepconv.compiler import compute
+from tvm_sepconv.compiler import cuda_library, nvcc
+from tvm_sepconv.compiler.build import Variant as Variant
+from tvm_sepconv.compiler.nvcc import Resources as Resources
 from tvm_sepconv.compiler.schedules import cuda
+from tvm_sepconv.compiler.targets import CudaTarget
+from tvm_sepconv.compiler.tuning import logs
+from tvm_sepconv.compiler.tuning.records import TF32
 from tvm_sepconv.config import KernelConfig
+from tvm_sepconv.options import BuildOptions
 
-KERNEL_NAME = "sepconv1d_kernel"
-MAX_BATCH = 65535  # CUDA's limit of a grid's z
-
-_SOURCE_ONLY = "TVM_COMPILE_FORCE_FALLBACK"
-_environment = threading.Lock()
+Variants = Mapping[str, tuple[Variant, ...]]
+"""By architecture, largest tiles first."""
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How many threads a kernel takes: ``block`` is (x, y, z), as is what `grid` returns."""
-
-    block: tuple[int, int, int]
-    step_tile: int
-    filter_tiles: int
-
-    def grid(self, batch: int, out_steps: int) -> tuple[int, int, int]:
-        """Return the blocks of one call.
-
-        Raises
-        ------
-        ValueError
-            If there is nothing to compute, which CUDA refuses to launch, or `batch` is over
-            `MAX_BATCH`: call the kernel for parts of it.
-        """
-        if out_steps < 1 or not 1 <= batch <= MAX_BATCH:
-            raise ValueError(
-                f"One launch takes a `batch` of 1 to {MAX_BATCH} and 1 `out_steps` or more; split "
-                f"a larger batch, skip an empty one. Received: batch={batch}, out_steps={out_steps}"
-            )
-        return (-(-out_steps // self.step_tile), self.filter_tiles, batch)
-
-
-def launch(config: KernelConfig, tiling: cuda.Tiling | None = None) -> Launch:
-    """Return the launch geometry of the kernel that `emit_source` writes for the same arguments."""
-    tiling = tiling or cuda.default_tiling(config)
-    return Launch(
-        block=(cuda.LANES, tiling.warps, 1),
-        step_tile=tiling.step_tile,
-        filter_tiles=-(-config.filters // tiling.filter_tile),
-    )
-
-
-def emit_source(
-    config: KernelConfig, tiling: cuda.Tiling | None = None, arch: str = "sm_80"
-) -> str:
-    """Write the layer as CUDA C with one kernel, `KERNEL_NAME`.
-
-    Parameters
-    ----------
-    tiling
-        None is `cuda.default_tiling(config)`.
-    arch
-        What the code generator may assume; nvcc is told the architectures on its own.
-
-    Returns
-    -------
-    str
-        A translation unit. The kernel takes the buffers of ``compute.sepconv1d(config, LANES)`` as
-        ``<name>_ptr`` and ``left``, the symbolic sizes and strides as ints, ordered by its own
-        signature. Indices are 32-bit: no array may reach 2³¹ elements.
+def variants(
+    config: KernelConfig, target: CudaTarget, options: BuildOptions
+) -> dict[str, tuple[Variant, ...]]:
+    """Choose a library's kernels for each architecture that has any: by its records, or default.
 
     Raises
     ------
     ValueError
-        If a dtype is not float32, or the tiling takes more than `cuda.SHARED_BYTES`.
+        If none of the target's architectures can compute the layer.
     """
-    # float64: TVM 0.27 writes double constants into CUDA C with 15 decimals, 2⁻⁵¹² as 0.
-    if (config.dtype, config.accumulation_dtype) != ("float32", "float32"):
-        raise ValueError(
-            "The CUDA schedule computes in float32 only; cast input and weights to it. Received: "
-            f"dtype={config.dtype}, accumulation_dtype={config.accumulation_dtype}"
-        )
-    tiling = tiling or cuda.default_tiling(config)
-    if (size := cuda.shared_bytes(config, tiling)) > cuda.SHARED_BYTES:
-        raise ValueError(
-            f"A block may take {cuda.SHARED_BYTES} bytes of shared memory; lower `step_tile` or "
-            f"`channel_tile`, or set `stage_input` to False. Received: {size} bytes of {tiling}"
-        )
-    vectors = tiling.step_tile // cuda.LANES
-    schedule = Schedule(compute.sepconv1d(config, cuda.LANES, ragged=vectors))
-    function = cuda.fuse(schedule, config, tiling).mod["main"]
-    name = KERNEL_NAME.removesuffix("_kernel")  # TVM adds it to the device part
-    module = tvm.IRModule({name: function.with_attr("global_symbol", name)})
-    # Without the scope TVM asks the present GPU, if any, for its architecture.
-    target = tvm.target.Target({"kind": "cuda", "arch": arch}, host="llvm")
-    with _source_only(), target:
-        executable = tvm.compile(module, target=target)
-    (device,) = executable.mod.imports
-    return str(device.inspect_source("cuda"))
-
-
-@contextmanager
-def _source_only() -> Iterator[None]:
-    """Keep TVM from looking for nvcc, NVRTC and a driver: the device module stays CUDA C."""
-    with _environment:
-        before = os.environ.get(_SOURCE_ONLY)
-        os.environ[_SOURCE_ONLY] = "1"
+    found, refused = {}, None
+    for arch in target.archs:
         try:
-            yield
-        finally:
-            if before is None:
-                del os.environ[_SOURCE_ONLY]
-            else:
-                os.environ[_SOURCE_ONLY] = before
+            tilings = cuda.default_tilings(config, options.allow_tf32, arch)
+        except ValueError as error:
+            refused = error
+            continue
+        names = cuda.VARIANTS[: len(tilings)]
+        found[arch] = tuple(
+            _variant(config, options, arch, name, tiling)
+            for name, tiling in zip(names, tilings, strict=True)
+        )
+    if not found and refused is not None:
+        raise ValueError(f"No kernel for {target.name}: {refused}") from refused
+    return found
+
+
+def _variant(
+    config: KernelConfig, options: BuildOptions, arch: str, name: str, tiling: Any
+) -> Variant:
+    name += TF32 * options.allow_tf32
+    match = logs.lookup(config, f"cuda-{arch}", variant=name)
+    if match is None or cuda.refusal(config, options.allow_tf32, arch, match.tiling):
+        return Variant(tiling)
+    return Variant(match.tiling, match.origin, match.record.median_secs, match.distance or None)
+
+
+def describe(
+    config: KernelConfig,
+    target: CudaTarget,
+    variants: Sequence[Variant] | Mapping[str, Sequence[Variant]],
+    options: BuildOptions,
+) -> dict[str, Any]:
+    """What a library says of itself, JSON-able; the version of CUDA's runtime it adds itself."""
+    groups = _groups(_by_arch(target, variants))
+    forms = {variant.tiling.to_dict()["form"] for group in groups for variant in group}
+    return {
+        "archs": [arch for archs in groups.values() for arch in archs],
+        "ptx": list(_by_arch(target, variants))[-1],
+        "host": target.host,
+        "packing": cuda.packing(config, options.allow_tf32),
+        "kernel": config.to_dict(),
+        "options": options.arithmetic,
+        "workspace": "two_kernels" in forms,  # what lies between them
+        "variants": [
+            {"archs": archs, **variant.to_dict()}
+            for group, archs in groups.items()
+            for variant in group
+        ],
+    }
+
+
+def _by_arch(
+    target: CudaTarget, variants: Sequence[Variant] | Mapping[str, Sequence[Variant]]
+) -> Variants:
+    """Variants by architecture, oldest first; the same for all if they are not told apart."""
+    if isinstance(variants, Mapping):
+        return {arch: tuple(variants[arch]) for arch in target.archs if arch in variants}
+    return dict.fromkeys(target.archs, tuple(variants))
+
+
+def _groups(variants: Variants) -> dict[tuple[Variant, ...], list[str]]:
+    """The architectures that have the same variants."""
+    groups: dict[tuple[Variant, ...], list[str]] = {}
+    for arch, group in variants.items():
+        groups.setdefault(group, []).append(arch)
+    return groups
+
+
+def source(
+    config: KernelConfig,
+    target: CudaTarget,
+    variants: Sequence[Variant] | Mapping[str, Sequence[Variant]],
+    options: BuildOptions,
+) -> str:
+    """Write a library's CUDA C++, one translation unit that needs CUDA's and tvm-ffi's headers.
+
+    Parameters
+    ----------
+    variants
+        The kernels, largest tiles first, by architecture or the same for all of the target's.
+    """
+    description = json.dumps(describe(config, target, variants, options))
+    tilings = {
+        arch: tuple(variant.tiling for variant in group)
+        for arch, group in _by_arch(target, variants).items()
+    }
+    return cuda_library.assemble(config, target, tilings, options, description)
+
+
+def build_library(
+    config: KernelConfig,
+    target: CudaTarget,
+    output: Path,
+    variants: Sequence[Variant] | Mapping[str, Sequence[Variant]],
+    options: BuildOptions,
+) -> dict[str, Resources]:
+    """Write the shared library of a layer: machine code for all architectures, PTX of the newest.
+
+    Parameters
+    ----------
+    output
+        The `.so` to write.
+    variants
+        See `source`.
+
+    Returns
+    -------
+    dict
+        What each kernel takes, by "<arch>/<kernel>".
+
+    Raises
+    ------
+    RuntimeError
+        If nvcc or what it needs is missing, or it fails.
+    """
+    compiler = nvcc.find()  # before the work
+    archs = tuple(_by_arch(target, variants))
+    text = source(config, target, variants, options)
+    return compiler.library(text, output, archs, target.host, options.fast_math)

@@ -13,8 +13,9 @@ import numpy as np
 
 from tvm_sepconv import bundle, reference, runtime, targets
 from tvm_sepconv.compiler import build
-from tvm_sepconv.compiler.targets import CpuTarget, cpu
+from tvm_sepconv.compiler.targets import CpuTarget, CudaTarget, of
 from tvm_sepconv.config import KernelConfig, SepConvConfig
+from tvm_sepconv.options import BuildOptions
 
 Weights = Mapping[str, Any]
 
@@ -23,6 +24,7 @@ def write_bundle(
     layers: Mapping[str, tuple[SepConvConfig, Weights]],
     path: str | Path,
     target_names: Sequence[str] | None = None,
+    options: BuildOptions | None = None,
 ) -> None:
     """Write the bundle of `layers` to the folder `path`, all of it or nothing.
 
@@ -32,11 +34,15 @@ def write_bundle(
         Configuration and weights (``depthwise_kernel``, ``pointwise_kernel``, ``bias``) by name.
     target_names
         None for every level of this host's family.
+    options
+        How to compile; the targets stand in `target_names`.
 
     Raises
     ------
     ValueError
-        For an unknown target, or none.
+        For an unknown target, or none, and for a layer that CUDA has no kernel for.
+    RuntimeError
+        If a linker or nvcc is missing.
     FileExistsError
         If `path` exists and is not a bundle.
     """
@@ -48,7 +54,7 @@ def write_bundle(
     if not layers:
         raise ValueError("The `layers` argument must have at least one layer. Received: none")
     names = [target_names] if isinstance(target_names, str) else target_names
-    chosen = [cpu(name) for name in (targets.host_family() if names is None else names)]
+    chosen = [of(name) for name in (targets.host_family() if names is None else names)]
     chosen = list(dict.fromkeys(chosen))  # "x86" may be one that is named as well
     if not chosen:
         raise ValueError(f"Expected at least one target in `targets`. Received: {target_names}")
@@ -56,7 +62,7 @@ def write_bundle(
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
         work = Path(folder, "bundle")
         work.mkdir()
-        _fill(work, layers, chosen)
+        _fill(work, layers, chosen, options or BuildOptions())
         _swap(work, path, Path(folder, "replaced"))
 
 
@@ -75,7 +81,8 @@ def _swap(new: Path, path: Path, old: Path) -> None:
 def _fill(
     work: Path,
     layers: Mapping[str, tuple[SepConvConfig, Weights]],
-    chosen: Sequence[CpuTarget],
+    chosen: Sequence[CpuTarget | CudaTarget],
+    options: BuildOptions,
 ) -> None:
     kernels = {
         name: config.kernel_config(weights["depthwise_kernel"].shape[1])
@@ -90,8 +97,8 @@ def _fill(
             name: {"config": config.to_dict(), "library": kernels[name].key}
             for name, (config, _) in layers.items()
         },
-        "libraries": _libraries(work, dict.fromkeys(kernels.values()), chosen),
-        "runtimes": _runtimes(work, chosen),
+        "libraries": _libraries(work, dict.fromkeys(kernels.values()), chosen, options),
+        "runtimes": _runtimes(work, [t for t in chosen if isinstance(t, CpuTarget)]),
         "files": _tensors(work, layers),
     }
     (work / bundle.MANIFEST).write_text(bundle.manifest_text(manifest))
@@ -100,25 +107,48 @@ def _fill(
 def _libraries(
     work: Path,
     kernels: Mapping[KernelConfig, None],
-    chosen: Sequence[CpuTarget],
+    chosen: Sequence[CpuTarget | CudaTarget],
+    options: BuildOptions,
 ) -> dict[str, dict[str, Any]]:
     jobs = [(target, config) for target in chosen for config in kernels]
     result: dict[str, dict[str, Any]] = {target.name: {} for target in chosen}
     for target, config in jobs:
-        name = f"lib/{target.name}/{config.key}.so"
+        on_gpu = isinstance(target, CudaTarget)
+        name = f"lib/{target.name}/{config.key}{options.suffix if on_gpu else ''}.so"
         (work / name).parent.mkdir(parents=True, exist_ok=True)
-        variants = build.variants(config, target)
-        build.build_library(config, target, work / name, variants)
+        if isinstance(target, CudaTarget):
+            described = _cuda_library(work / name, config, target, options)
+        else:
+            described = _cpu_library(work / name, config, target)
         result[target.name][config.key] = {
             "path": name,
             "sha256": bundle.sha256(work / name),
-            "kernel": config.to_dict(),
-            "cpu_features": list(targets.FEATURES[target.isa]),
-            "packing": {"lanes": target.lanes(config.accumulation_dtype)},
             "intermediate_dtype": config.accumulation_dtype,
-            "variants": [variant.to_dict() for variant in variants],
+            **described,
         }
     return result
+
+
+def _cpu_library(path: Path, config: KernelConfig, target: CpuTarget) -> dict[str, Any]:
+    variants = build.variants(config, target)
+    build.build_library(config, target, path, variants)
+    return {
+        "kernel": config.to_dict(),
+        "cpu_features": list(targets.FEATURES[target.isa]),
+        "packing": {"lanes": target.lanes(config.accumulation_dtype)},
+        "variants": [variant.to_dict() for variant in variants],
+    }
+
+
+def _cuda_library(
+    path: Path, config: KernelConfig, target: CudaTarget, options: BuildOptions
+) -> dict[str, Any]:
+    from tvm_sepconv.compiler import cuda, nvcc  # which most bundles do without
+
+    variants = cuda.variants(config, target, options)
+    cuda.build_library(config, target, path, variants, options)
+    described = cuda.describe(config, target, variants, options)
+    return {"cuda": nvcc.find().runtime_version, **described}
 
 
 def _runtimes(work: Path, chosen: Sequence[CpuTarget]) -> dict[str, dict[str, Any]]:

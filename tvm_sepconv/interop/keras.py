@@ -55,10 +55,11 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(_IN_KERAS[name]), name)
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("tvm_sepconv"):
+        missing = (error.name or "").partition(".")[0]
+        if missing == "tvm_sepconv":
             raise
         raise ImportError(
-            f"`{name}` works inside Keras, with one of its backends, but '{error.name}' is not "
+            f"`{name}` works inside Keras, with one of its backends, but '{missing}' is not "
             "installed. Install an extra: pip install 'tvm-sepconv[keras,jax]' (or "
             "`tensorflow` or `torch` for the backend, with KERAS_BACKEND set to it)."
         ) from error

@@ -8,6 +8,7 @@ convolutions may lie in wrappers that mask steps beyond each sample's length.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections import Counter
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch.fx  # noqa: TID253  # this module is imported only by what is made for PyTorch
 from torch import nn  # noqa: TID253
 
-from tvm_sepconv.interop.torch_module import SeparableConv1d
+from tvm_sepconv.interop.torch_module import SeparableConv1d, activation_name
 
 
 class Step(NamedTuple):
@@ -28,7 +29,7 @@ class Step(NamedTuple):
     Attributes
     ----------
     masks
-        Whether the module is given its input with steps set to zero on the way.
+        Whether the module is given its input with steps set to zero, or zeros added, on the way.
     """
 
     name: str
@@ -58,12 +59,12 @@ class Found:
     untraced
         Why the order in a module is not known, by its name.
     tied
-        Why a module cannot be replaced, by its id.
+        Why a module cannot be replaced, by its name.
     """
 
     chains: dict[str, Chain] = field(default_factory=dict)
     untraced: dict[str, str] = field(default_factory=dict)
-    tied: dict[int, str] = field(default_factory=dict)
+    tied: dict[str, str] = field(default_factory=dict)
 
 
 def is_grouped(module: Any) -> bool:
@@ -75,16 +76,38 @@ def is_grouped(module: Any) -> bool:
 def find(root: Any) -> Found:
     """Follow every grouped convolution in `root`."""
     found = Found()
-    names: dict[int, list[str]] = {}
+    places: dict[int, dict[tuple[int, str], list[str]]] = {}
     for name, module in root.named_modules(remove_duplicate=False):
-        names.setdefault(id(module), []).append(name)
+        owner, _, key = name.rpartition(".")
+        place = (id(root.get_submodule(owner)), key)
+        places.setdefault(id(module), {}).setdefault(place, []).append(name)
         if any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)):
-            found.tied[id(module)] = "it has hooks: remove them first"
-    for key, several in names.items():
-        if len(several) > 1:
-            found.tied[key] = "it is registered more than once, as " + ", ".join(several)
-    _look(root, "", found)
+            found.tied[name] = "it has hooks: remove them first"
+    shared = []
+    for of_module in places.values():
+        names = [name for several in of_module.values() for name in several]
+        if len(names) == len(of_module) and activation_name(root.get_submodule(names[0])):
+            shared += names[1:]
+        elif len(names) > 1:
+            reason = "it is registered more than once, as " + ", ".join(names)
+            found.tied |= {name: found.tied.get(name, reason) for name in names}
+    with _apart(root, [name.rpartition(".") for name in shared]):
+        _look(root, "", found)
     return found
+
+
+@contextmanager
+def _apart(root: Any, names: list[tuple[str, str, str]]) -> Iterator[None]:
+    """Let these places hold a copy each, of activations that a model uses in many places."""
+    places = [(root.get_submodule(owner)._modules, key) for owner, _, key in names]
+    before = [(children, key, children[key]) for children, key in places]
+    try:
+        for children, key, module in before:
+            children[key] = copy.copy(module)
+        yield
+    finally:
+        for children, key, module in before:
+            children[key] = module
 
 
 def _look(module: Any, name: str, found: Found) -> None:
@@ -160,14 +183,14 @@ def _unchanged(root: Any) -> Iterator[None]:
 
 def _chain_graph(graph: Any, root: Any, prefix: str, found: Found) -> dict[str, Chain]:
     modules = dict(root.named_modules(remove_duplicate=False))
-    calls = Counter(id(modules[n.target]) for n in graph.nodes if n.op == "call_module")
-    for key, number in calls.items():
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    for target, number in calls.items():
         if number > 1:
-            found.tied.setdefault(key, f"it is called {number} times")
+            found.tied.setdefault(_join(prefix, target), f"it is called {number} times")
     for node in graph.nodes:
         if node.op == "get_attr":
-            owner = modules.get(str(node.target).rpartition(".")[0])
-            found.tied.setdefault(id(owner), f"`{node.target}` is used by itself")
+            owner = _join(prefix, str(node.target).rpartition(".")[0])
+            found.tied.setdefault(owner, f"`{node.target}` is used by itself")
     chains = {}
     for node in graph.nodes:
         if node.op == "call_module" and is_grouped(modules[node.target]):
@@ -204,10 +227,11 @@ def _listed(module: Any, name: str, found: Found) -> Iterator[list[Step]]:
 
 def _flat(module: Any, name: str, found: Found) -> Iterator[Step]:
     for key, child in module._modules.items():
-        if type(child).forward is nn.Sequential.forward and id(child) not in found.tied:
-            yield from _flat(child, _join(name, key), found)
+        own = _join(name, key)
+        if type(child).forward is nn.Sequential.forward and own not in found.tied:
+            yield from _flat(child, own, found)
         else:
-            yield Step(_join(name, key), child)
+            yield Step(own, child)
 
 
 def _unwrapped(module: Any, name: str) -> Step:
@@ -215,7 +239,8 @@ def _unwrapped(module: Any, name: str) -> Step:
     # With `heads`, a convolution of few channels runs over all of them in turn.
     whole = isinstance(conv, nn.Conv1d) and getattr(module, "heads", -1) == -1
     if whole and hasattr(module, "use_mask"):
-        return Step(_join(name, "conv"), conv, bool(module.use_mask))
+        pads = getattr(module, "pad_layer", None) is not None
+        return Step(_join(name, "conv"), conv, bool(module.use_mask) or pads)
     return Step(name, module)
 
 

@@ -41,9 +41,14 @@ ACTIVATIONS: dict[str, Any] = {
 def activation_name(module: Any) -> str | None:
     """Return Keras's name of the activation `module`, None if a kernel has no such function."""
     for name, own in ACTIVATIONS.items():
-        if type(own) is type(module) and _options(own) == _options(module):
+        if computes_as(module, type(own)) and _options(own) == _options(module):
             return name
     return None
+
+
+def computes_as(module: Any, kind: Any) -> bool:
+    """Whether `module` is of the class `kind`, or of one made from it that computes the same."""
+    return isinstance(module, kind) and type(module).forward is kind.forward
 
 
 def _options(module: Any) -> dict[str, Any]:
@@ -54,11 +59,11 @@ def _options(module: Any) -> dict[str, Any]:
 class SeparableConv1d(nn.Module):  # type: ignore[misc]
     """A depthwise and a pointwise convolution, bias and activation as one compiled kernel.
 
-    Takes and returns CPU tensors ``(batch, channels, steps)`` or ``(channels, steps)`` as
-    ``torch.nn.Conv1d`` does, without copying a contiguous one. The weights are parameters that do
-    not ask for gradients; with ``requires_grad_()`` they can be trained, through torch's own
-    convolutions backwards. They may be changed in place, by ``load_state_dict`` and by ``to``; not
-    through ``weight.data``, of which nobody is told, unless they ask for gradients.
+    Takes and returns tensors ``(batch, channels, steps)`` or ``(channels, steps)`` on the CPU or an
+    NVIDIA GPU as ``torch.nn.Conv1d`` does, without copying a contiguous one. The weights are
+    parameters that do not ask for gradients; with ``requires_grad_()`` they can be trained, through
+    torch's own convolutions backwards. They may be changed in place, by ``load_state_dict`` and by
+    ``to``; not through ``weight.data``, of which nobody is told, unless they ask for gradients.
 
     Parameters
     ----------
@@ -147,8 +152,9 @@ class SeparableConv1d(nn.Module):  # type: ignore[misc]
             )
         if input.dim() == 2:
             return self.forward(input.unsqueeze(0)).squeeze(0)
-        if torch.is_autocast_enabled("cpu") and input.dtype in _CAST_BY_AUTOCAST:
-            input = input.to(torch.get_autocast_dtype("cpu"))
+        kind = "cuda" if input.is_cuda else "cpu"
+        if torch.is_autocast_enabled(kind) and input.dtype in _CAST_BY_AUTOCAST:
+            input = input.to(torch.get_autocast_dtype(kind))
         weights = (self.depthwise_weight, self.pointwise_weight, self.bias)
         *options, activation = self._options()
         if not torch.is_grad_enabled() or not any(

@@ -9,8 +9,9 @@
 (filters, channels * multiplier, 1), ``bias`` (filters,) or None: torch's own layouts, of the dtype
 of ``x``, or float32 beside a 16-bit ``x``, as under autocast. ``padding`` is (left, right).
 
-It has implementations for the CPU, for tensors without data (shapes for torch.compile and
-torch.export) and for gradients, which torch's own convolutions compute; those ask for the
+It has implementations for the CPU, for NVIDIA's GPUs (on the current stream; capturable into a CUDA
+graph after the first call), for tensors without data (shapes for torch.compile and torch.export)
+and for gradients, which torch's own convolutions compute; those ask for the
 activation "linear". Weights are packed once and again after they were changed, by an operation in
 place or by ``load_state_dict``; a change through ``weight.data`` is seen only where gradients are
 asked for.
@@ -27,7 +28,9 @@ import torch  # noqa: TID253  # this module is imported only by what is made for
 
 from tvm_sepconv import jit
 from tvm_sepconv.config import KernelConfig, SepConvConfig
+from tvm_sepconv.cuda_runtime import CudaLayer
 from tvm_sepconv.interop import folding
+from tvm_sepconv.options import BuildOptions
 from tvm_sepconv.runtime import CompiledLayer
 
 NAME = "tvm_sepconv::separable_conv1d"
@@ -43,6 +46,7 @@ DTYPES = {
 }
 
 _libraries: dict[KernelConfig, tuple[Path, Path]] = {}
+_cuda_libraries: dict[tuple[KernelConfig, int], Path] = {}
 
 
 def config_of(
@@ -76,7 +80,7 @@ def keras_weights(channels: int, depthwise: Any, pointwise: Any, bias: Any) -> l
     """Return the weights in Keras's layouts, as NumPy arrays; 16-bit ones become float32."""
     wide = torch.float64 if depthwise.dtype == torch.float64 else torch.float32
     depthwise, pointwise, bias = (
-        None if weight is None else weight.detach().to(wide).numpy()
+        None if weight is None else weight.detach().to("cpu", wide).numpy()
         for weight in (depthwise, pointwise, bias)
     )
     return folding.Weights(depthwise[:, 0], pointwise[..., 0], bias).keras(channels)
@@ -91,13 +95,13 @@ class _Packed(NamedTuple):
     state: tuple[Any, ...]
     owners: tuple[Any, ...]  # weak references: the entry goes when the first weight does
     memory: tuple[Any, ...]  # the values, or what keeps an address in `state` from another's use
-    layer: CompiledLayer
+    layer: CompiledLayer | CudaLayer
 
 
 _packed: dict[tuple[Any, ...], _Packed] = {}
 
 
-def _layer_of(weights: Sequence[Any], arguments: tuple[Any, ...]) -> CompiledLayer:
+def _layer_of(weights: Sequence[Any], arguments: tuple[Any, ...]) -> Any:
     present = [weight for weight in weights if weight is not None]
     key = (*map(id, weights), *arguments)
     state = tuple(map(_state, present))
@@ -122,12 +126,19 @@ def _state(weight: Any) -> tuple[Any, ...]:
     return (True,) if _changes(weight) else (weight._version, weight.data_ptr())
 
 
-def _pack(weights: Sequence[Any], dtype: Any, channels: int, *options: Any) -> CompiledLayer:
+def _pack(
+    weights: Sequence[Any], dtype: Any, channels: int, *options: Any
+) -> CompiledLayer | CudaLayer:
     depthwise, pointwise, bias = weights
     config = config_of(depthwise, pointwise, bias, dtype, channels, *options)
     rounded = (None if weight is None else weight.detach().to(dtype) for weight in weights)
     arrays = [*keras_weights(channels, *rounded), None][:3]
-    return CompiledLayer(*_library(config.kernel_config(channels)), config, *arrays)
+    kernel = config.kernel_config(channels)
+    if depthwise.is_cuda:
+        layer = CudaLayer(_cuda_library(kernel, depthwise.device.index), *arrays)
+        layer.on(depthwise.device.index)
+        return layer
+    return CompiledLayer(*_library(kernel), config, *arrays)
 
 
 def _library(config: KernelConfig) -> tuple[Path, Path]:
@@ -138,16 +149,28 @@ def _library(config: KernelConfig) -> tuple[Path, Path]:
     return found
 
 
+def _cuda_library(config: KernelConfig, index: int) -> Path:
+    found = _cuda_libraries.get((config, index))
+    if found is None or not found.exists():
+        found = _cuda_libraries[config, index] = jit.cuda_library(config, index, BuildOptions())
+    return found
+
+
 # ---- the operator --------------------------------------------------------------------------------
 
 
 def _check(x: Any, depthwise: Any) -> None:
     """Refuse inputs that no kernel here takes: another device, dtype or rank."""
-    if x.device.type not in ("cpu", "meta"):
+    if x.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(
-            "The `input` argument must be on the CPU: tvm_sepconv has no kernels for PyTorch on "
-            f"other devices yet. Received: input.device={x.device}. Move both with `module.cpu()` "
-            "and `input.cpu()`"
+            "The `input` argument must be on the CPU or an NVIDIA GPU: tvm_sepconv has no kernels "
+            f"for PyTorch on other devices. Received: input.device={x.device}. Move both with "
+            "`module.cpu()` and `input.cpu()`"
+        )
+    if x.device != depthwise.device:
+        raise ValueError(
+            f"The `input` argument must be on {depthwise.device}, as the weights are. Received: "
+            f"input.device={x.device}. Move one of the two with `.to(device)`"
         )
     narrow = depthwise.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16)
     if x.dtype not in DTYPES or not (narrow or x.dtype == depthwise.dtype):
@@ -195,9 +218,20 @@ def _run(
     layer = _layer_of((depthwise, pointwise, bias), arguments)
     if x.is_neg():  # torch negates such a view only when somebody reads it, which a kernel does not
         x = x.resolve_neg()
-    if layer.call(layer.handle, x, y):  # strides or an alignment that kernels do not take
+    if x.is_cuda:
+        _run_cuda(layer, x, padding[0], y)
+    elif layer.call(layer.handle, x, y):  # strides or an alignment that kernels do not take
         layer.runtime.check(layer.call(layer.handle, x.contiguous().clone(), y))
     return y
+
+
+def _run_cuda(layer: CudaLayer, x: Any, left: int, y: Any) -> None:
+    index = x.device.index
+    size = layer.workspace_bytes(y.shape, index)
+    workspace = x.new_empty(size, dtype=torch.uint8) if size else None
+    if x.stride(2) != 1:  # a kernel takes any other strides
+        x = x.contiguous()
+    layer.library.run(x, *layer.there[index], left, y, workspace)  # tvm-ffi asks torch's stream
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -235,7 +269,7 @@ def _backward(ctx: Any, grad: Any) -> tuple[Any, ...]:
 
 
 torch.library.define(NAME, SCHEMA, tags=torch.Tag.pt2_compliant_tag)
-torch.library.impl(NAME, ("cpu", "cuda"), _run)  # a CUDA tensor is refused in words of ours
+torch.library.impl(NAME, ("cpu", "cuda"), _run)
 torch.library.register_fake(NAME, _shape_alone)
 torch.library.register_autograd(NAME, _backward, setup_context=_save)
 separable_conv1d = torch.ops.tvm_sepconv.separable_conv1d.default

@@ -11,9 +11,9 @@ from torch import nn  # noqa: TID253
 
 from tvm_sepconv.interop import folding, torch_operator
 from tvm_sepconv.interop.torch_chains import Chain, Found, Step
-from tvm_sepconv.interop.torch_module import SeparableConv1d, activation_name
+from tvm_sepconv.interop.torch_module import SeparableConv1d, activation_name, computes_as
 
-_TRANSPARENT = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.AlphaDropout)  # in eval mode
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
 class NotTakenError(ValueError):
@@ -49,7 +49,7 @@ def match(name: str, depthwise: Any, found: Found) -> Replaced:
             f"it is grouped but not depthwise: groups={depthwise.groups}, "
             f"in_channels={depthwise.in_channels}"
         )
-    _check_conv(Step("it", depthwise), found)
+    _check_conv("it", Step(name, depthwise), found)
     chain = found.chains.get(name)
     if chain is None:
         raise NotTakenError(_why_unknown(name, found))
@@ -69,29 +69,28 @@ def _why_unknown(name: str, found: Found) -> str:
     return f"torch.fx cannot trace {owner or 'the model'} ({found.untraced[owner]})"
 
 
-def _check_conv(step: Step, found: Found) -> None:
+def _check_conv(called: str, step: Step, found: Found) -> None:
     conv = step.module
     if torch.nn.utils.parametrize.is_parametrized(conv):
         raise NotTakenError(
-            f"{step.name} is parametrized: torch.nn.utils.parametrize.remove_parametrizations("
+            f"{called} is parametrized: torch.nn.utils.parametrize.remove_parametrizations("
             "conv, 'weight') first"
         )
     if hasattr(conv, "weight_g"):
         raise NotTakenError(
-            f"{step.name} is weight-normed: torch.nn.utils.remove_weight_norm(conv) first"
+            f"{called} is weight-normed: torch.nn.utils.remove_weight_norm(conv) first"
         )
     if type(conv) is not nn.Conv1d:
-        raise NotTakenError(
-            f"{step.name} is of the class {type(conv).__name__}, not a plain Conv1d"
-        )
-    if id(conv) in found.tied:
-        raise NotTakenError(f"{step.name} cannot be replaced: {found.tied[id(conv)]}")
+        raise NotTakenError(f"{called} is of the class {type(conv).__name__}, not a plain Conv1d")
+    if step.name in found.tied:
+        raise NotTakenError(f"{called} cannot be replaced: {found.tied[step.name]}")
     if conv.padding_mode != "zeros":
-        raise NotTakenError(f"{step.name} has padding_mode={conv.padding_mode!r}, not zeros")
+        raise NotTakenError(f"{called} has padding_mode={conv.padding_mode!r}, not zeros")
     if conv.weight.dtype not in torch_operator.DTYPES or conv.weight.device.type != "cpu":
         raise NotTakenError(
-            f"{step.name} has weights of {conv.weight.dtype} on {conv.weight.device}; kernels are "
-            "for floating-point numbers on the CPU"
+            f"{called} has weights of {conv.weight.dtype} on {conv.weight.device}; kernels are "
+            "for floating-point numbers, and from_torch reads them on the CPU: call it before the "
+            "model is moved to a GPU"
         )
 
 
@@ -106,11 +105,16 @@ def _split(chain: Chain, found: Found) -> tuple[list[Step], Step, list[Step]]:
                 f"{step.name} ({type(step.module).__name__}) is an activation between the two "
                 "convolutions, which the fused kernel has no place for"
             )
-        if not isinstance(step.module, _TRANSPARENT):
+        if not _does_nothing(step.module):
             if reason := _why_not_folded(step, found):
                 raise NotTakenError(f"{step.name} lies between the two convolutions: {reason}")
             between.append(step)
     raise NotTakenError(f"no Conv1d(kernel_size=1) follows, but {chain.end}")
+
+
+def _does_nothing(module: Any) -> bool:
+    dropout = not module.training and any(computes_as(module, kind) for kind in _DROPOUTS)
+    return dropout or computes_as(module, nn.Identity)
 
 
 def _why_not_folded(step: Step, found: Found) -> str:
@@ -119,11 +123,11 @@ def _why_not_folded(step: Step, found: Found) -> str:
         return f"a {type(module).__name__}"
     if module.training or module.running_mean is None:
         return "a BatchNorm1d that takes its statistics from each batch"
-    return found.tied.get(id(module), "")
+    return found.tied.get(step.name, "")
 
 
 def _check_pointwise(depthwise: Any, step: Step, found: Found) -> None:
-    _check_conv(step, found)
+    _check_conv(step.name, step, found)
     conv = step.module
     same = ((conv.kernel_size, (1,)), (conv.stride, (1,)), (_pads(conv), (0, 0)), (conv.groups, 1))
     if any(got != wanted for got, wanted in same):
@@ -147,9 +151,9 @@ def _take_after(
         if masks:  # what masks a sum commutes with the pointwise convolution, not with constants
             return normal, [], f"{what}, since a mask lies before it"
         if activation_name(step.module) not in (None, "linear"):
-            tied = found.tied.get(id(step.module))
+            tied = found.tied.get(step.name)
             return (normal, [], f"{what}: {tied}") if tied else (normal, [step], "")
-        if not isinstance(step.module, _TRANSPARENT):
+        if not _does_nothing(step.module):
             if reason := _why_not_folded(step, found):
                 return normal, [], f"{step.name}, {reason}"
             normal.append(step)

@@ -52,7 +52,9 @@ def figure(searches: Sequence[Search], facts: str) -> Figure:
     for area in areas[len(panels) :]:
         area.remove()
     made.supxlabel("candidates measured", size=8.5, color=COLOUR["soft"])
-    made.supylabel("µs a call (logarithmic)", size=8.5, color=COLOUR["soft"])
+    units = {"modelled cycles" if one.modelled else "µs" for one in searches}
+    words = f"{' or '.join(sorted(units))} a call (logarithmic)"
+    made.supylabel(words, size=8.5, color=COLOUR["soft"])
     return made
 
 
@@ -159,13 +161,18 @@ def _cells(search: Search, known: float, default_secs: float | None) -> list[str
     again = gain = noise = "—"
     if search.final is not None:
         best = float(search.final["best_secs"])
-        again, noise = us(1e6 * best), f"{100 * float(search.final['noise']):.1f} %"
+        again, noise = _time(search, best), f"{100 * float(search.final['noise']):.1f} %"
         gain = gain if default_secs is None else f"{default_secs / best:.2f}×"
     return [
         name(search.config), f"{search.batch}×{search.steps}", search.space,
         f"{len(search.trials)} of {search.asked}", str(search.failures),
-        "—" if default_secs is None else us(1e6 * default_secs),
-        us(1e6 * search.best_secs) if search.best else "—", again, noise, gain,
+        "—" if default_secs is None else _time(search, default_secs),
+        _time(search, search.best_secs) if search.best else "—", again, noise, gain,
         "never" if near is None else f"{near.trial}, {near.elapsed_secs:.0f} s",
         f"{search.trials[-1].elapsed_secs:.0f} s" if search.trials else "—",
     ]  # fmt: skip
+
+
+def _time(search: Search, secs: float) -> str:
+    """In µs, or the cycles that stand in their place."""
+    return us(1e6 * secs) + " modelled cycles" * search.modelled

@@ -48,6 +48,11 @@ class Line:
             return 1e6 * self.times.secs("default")
         return None if self.record is None else 1e6 * self.record.default_secs
 
+    @property
+    def modelled(self) -> bool:
+        """Whether cycles stand in the place of times."""
+        return self.times is None and self.record is not None and self.record.modelled is not None
+
     def ratio(self, kind: str) -> Ratio | None:
         """The time of "tuned" or "transferred" over the default's."""
         if self.times is not None:
@@ -111,7 +116,9 @@ def figure(shown: Sequence[Line], bench: Report | None, facts: str) -> Figure:
 
 
 def _note(line: Line) -> str:
-    return line.input if line.default_us is None else f"{line.input}, {us(line.default_us)} µs"
+    if line.default_us is None:
+        return line.input
+    return f"{line.input}, {us(line.default_us)} {'modelled cycles' if line.modelled else 'µs'}"
 
 
 def _ratios(area: Axes, shown: Sequence[Line]) -> None:
@@ -147,12 +154,14 @@ def _library(line: Line) -> list[str]:
     record = line.record
     if record is None or line.default_us is None:
         return ["—"] * 8
-    cells = [us(line.default_us)]
+    unit = " modelled cycles" * line.modelled
+    cells = [us(line.default_us) + unit]
     for kind in _MARKS:
         ratio = line.ratio(kind)
         secs = line.times.secs(kind) if line.times and ratio else record.median_secs
-        cells += ["—", "—"] if ratio is None else [us(1e6 * secs), _words(ratio)]
+        cells += ["—", "—"] if ratio is None else [us(1e6 * secs) + unit, _words(ratio)]
     when = "in its search" if line.times is None else "by --measure"
+    when = "not, but modelled" if line.modelled else when
     date = record.date if line.times is None else line.times.date
     source = line.times.source if line.times is not None else ""
     return [*cells, source or "—", str(record.trials), f"{when}, {date[:10]}"]

@@ -25,7 +25,7 @@ def eager(case: Case, threads: int) -> list[Prepared]:
     import torch
 
     torch.set_num_threads(threads)
-    return [_prepared(case, form, _network(case, form)) for form in FORMS]
+    return [_prepared(case, form, network(case, form)) for form in FORMS]
 
 
 def compiled(case: Case, threads: int) -> list[Prepared]:
@@ -44,7 +44,7 @@ def compiled(case: Case, threads: int) -> list[Prepared]:
     torch.set_num_threads(threads)
     torch._inductor.config.freezing = True  # weights become constants, packed once
     torch._dynamo.reset()
-    networks = {form: torch.compile(_network(case, form), dynamic=False) for form in FORMS}
+    networks = {form: torch.compile(network(case, form), dynamic=False) for form in FORMS}
     return [_prepared(case, form, network) for form, network in networks.items()]
 
 
@@ -67,7 +67,7 @@ def _prepared(case: Case, form: str, network: Callable[[Any], Any]) -> Prepared:
     return Prepared(form, run_last, case.channels_last(case.x)[:, None], case.from_channels_last)
 
 
-def _network(case: Case, form: str) -> Any:
+def network(case: Case, form: str) -> Any:
     """The layer as a module in evaluation mode, taking and giving channels first."""
     import torch
     from torch import nn

@@ -103,7 +103,11 @@ def library(folder: Path, tiling: Tiling) -> Path:
 def _name(tiling: Tiling) -> str:
     """All decisions, in a file's name."""
     values = tiling.to_dict().values()
-    return "_".join("x".join(map(str, v)) if isinstance(v, tuple) else str(int(v)) for v in values)
+    return "_".join("x".join(map(str, v)) if isinstance(v, tuple) else _word(v) for v in values)
+
+
+def _word(value: Any) -> str:
+    return str(int(value) if isinstance(value, bool) else value)
 
 
 def _object(

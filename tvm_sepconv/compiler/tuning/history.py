@@ -1,7 +1,8 @@
 """What a search measured, one JSON line a trial: ``history.jsonl`` in the search's folder.
 
 The first line says what was searched and where; the last one, once the search was over, what was
-measured in alternation at its end. Every line is written as soon as its trial is over, so a search
+measured in alternation at its end. Where the first line has a core that was ``modelled``, cycles
+stand in the place of seconds. Every line is written as soon as its trial is over, so a search
 that is killed loses no more than the line it was writing.
 
 Nothing here imports TVM.
@@ -19,9 +20,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from tvm_sepconv.compiler.tuning.records import MODEL_HZ
+
 NAME = "history.jsonl"
 VERSION = 1
 OWN_SPACE, DEFAULT_SPACE = "tvm_sepconv", "metaschedule"
+_CYCLES = {"secs": "cycles", "default_secs": "default_cycles", "best_secs": "best_cycles"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Trial:
     decisions
         By name; None where a space has no names for them.
     secs
-        Samples of the seconds of one call; None if it failed.
+        Samples of the seconds of one call, of a modelled core with a clock of `MODEL_HZ`; None if
+        it failed.
     error
         Why it failed, None if it did not.
     elapsed_secs
@@ -98,6 +103,8 @@ def read_history(path: Path) -> History:
             continue
         try:
             values = json.loads(line)
+            if header.get("modelled"):
+                values = _in_secs(values)
             if "final" in values:
                 final = dict(values["final"])
             else:
@@ -140,22 +147,29 @@ class Writer:
     def __init__(self, path: Path, header: Mapping[str, Any] | None) -> None:
         self.path = path
         if header is None:
-            # A search that was killed may have left half a line: end it.
-            whole = path.read_bytes().endswith(b"\n")
+            text = path.read_bytes()
+            self._modelled = bool(json.loads(text.partition(b"\n")[0]).get("modelled"))
             self.file = path.open("ab", buffering=0)
-            if not whole:
+            if not text.endswith(b"\n"):  # a search that was killed may have left half a line
                 self._write(b"\n")
         else:
+            self._modelled = bool(header.get("modelled"))
             self.file = path.open("wb", buffering=0)
             self._line({"history": VERSION, **header})
 
     def trial(self, trial: Trial) -> None:
         """Add a trial."""
-        self._line(vars(trial))
+        self._line(self._named(vars(trial)))
 
     def final(self, **values: Any) -> None:
         """Add what the alternation at the end measured."""
-        self._line({"final": values})
+        self._line({"final": self._named(values)})
+
+    def _named(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values as they are written: modelled ones are cycles."""
+        if not self._modelled:
+            return values
+        return {_CYCLES.get(n, n): _cycles(v) if n in _CYCLES else v for n, v in values.items()}
 
     def close(self) -> None:
         """Close the file."""
@@ -177,6 +191,28 @@ class Writer:
                 "there with --resume",
                 str(self.path),
             ) from error
+
+
+def _cycles(secs: float | Sequence[float] | None) -> Any:
+    if secs is None:
+        return None
+    if isinstance(secs, Sequence):
+        return [round(one * MODEL_HZ) for one in secs]
+    return round(secs * MODEL_HZ)
+
+
+def _in_secs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Undo what `Writer` does to modelled values."""
+    if "final" in values:
+        return {"final": _in_secs(values["final"])}
+    names = {cycles: secs for secs, cycles in _CYCLES.items()}
+    return {names.get(n, n): _secs(v) if n in names else v for n, v in values.items()}
+
+
+def _secs(cycles: Any) -> Any:
+    if isinstance(cycles, list):
+        return [one / MODEL_HZ for one in cycles]
+    return cycles if cycles is None else cycles / MODEL_HZ
 
 
 def _trial(values: Mapping[str, Any]) -> Trial:

@@ -17,15 +17,14 @@ import tempfile
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from tvm_sepconv.compiler.schedules.cpu import (
-    Tiling,
-    fits,
-    legal,
-)
+from tvm_sepconv.compiler.schedules import cuda
+from tvm_sepconv.compiler.schedules.cpu import fits, legal
 from tvm_sepconv.compiler.tuning.log_writing import write as write
 from tvm_sepconv.compiler.tuning.records import LONG as LONG
 from tvm_sepconv.compiler.tuning.records import (
+    TF32,
     UNITS,
     Line,
     kernel_name,
@@ -58,14 +57,20 @@ class Match:
     """The record that applies to a kernel, and its line; its own one if `distance` is 0."""
 
     record: Record
-    tiling: Tiling
+    tiling: Any
     distance: float
     line: Line
 
     @property
     def origin(self) -> str:
         """What manifests call it."""
-        return "transferred" if self.distance else "tuned"
+        modelled = ", modelled" if self.record.modelled is not None else ""
+        return ("transferred" if self.distance else "tuned") + modelled
+
+    @property
+    def secs(self) -> float | None:
+        """What was measured; None if it was modelled."""
+        return self.record.median_secs if self.record.modelled is None else None
 
 
 def distance(a: KernelConfig, b: KernelConfig) -> float:
@@ -81,23 +86,29 @@ def distance(a: KernelConfig, b: KernelConfig) -> float:
 
 
 def lookup(
-    config: KernelConfig, target: str, threads: int = THREADS, besides: KernelConfig | None = None
+    config: KernelConfig,
+    target: str,
+    threads: int = THREADS,
+    besides: KernelConfig | None = None,
+    variant: str = LONG,
 ) -> Match | None:
-    """Find the record that applies to a kernel on a target.
+    """Find the record that applies to a variant of a kernel on a target.
 
-    Its own record, from the first folder that has one the schedule can still follow; else the
-    nearest of the same target within `MAX_DISTANCE` whose decisions fit this kernel.
+    Its own record, from the first folder that has one the schedule can still follow, a measured one
+    before a modelled one; else the nearest of the same target within `MAX_DISTANCE` whose decisions
+    fit this kernel.
     Of those in one folder, the one measured with `threads` threads, else with the nearest number;
     of several of one key, the `best`. Another target's records are never used.
 
     Parameters
     ----------
     target
-        A CPU target's full name.
+        A CPU target's full name, or that of one CUDA architecture: cuda-sm_90.
     besides
         A kernel whose records are passed over: what would be transferred to it, had it none.
+    variant
+        Of CUDA's, with `records.TF32` where that is allowed.
     """
-    unit = UNITS[target.partition("@")[0]]
     ranked = sorted(_records(target), key=lambda item: _rank(config, threads, *item))
     for _, line, record in ranked:
         far = distance(config, record.config)
@@ -108,11 +119,19 @@ def lookup(
         if line.tiling is None:
             line.name()
             continue
-        # Of another kernel's decisions: whether they are worth having. Listing all that are would
-        # take too long.
-        if not far or (fits(config, unit, line.tiling) and legal(config, unit, line.tiling)):
+        if record.variant == variant and _serves(config, target, line.tiling, variant, not far):
             return Match(record, line.tiling, far, line)
     return None
+
+
+def _serves(config: KernelConfig, target: str, tiling: Any, variant: str, own: bool) -> bool:
+    """Whether the decisions of a record, perhaps the kernel's own, can be used and are worth it."""
+    if target.startswith("cuda-"):
+        arch = target.removeprefix("cuda-")
+        return own or not cuda.refusal(config, variant.endswith(TF32), arch, tiling)
+    unit = UNITS[target.partition("@")[0]]
+    # Of another kernel's decisions: listing all that are worth having would take too long.
+    return own or (fits(config, unit, tiling) and legal(config, unit, tiling))
 
 
 def _records(target: str) -> list[tuple[int, Line, Record]]:
@@ -138,7 +157,8 @@ def _rank(
 ) -> tuple[float, ...]:
     apart = abs(math.log2(record.threads / threads))
     unusable = line.tiling is None
-    return distance(config, record.config), folder, apart, record.threads, unusable
+    far, modelled = distance(config, record.config), record.modelled is not None
+    return far, modelled, folder, apart, record.threads, unusable
 
 
 def announce(
@@ -162,9 +182,11 @@ def described(config: KernelConfig, match: Match | None) -> str:
         return f"default decisions; `{how}` can search better ones"
     record = match.record
     if match.distance:
-        return f"transferred from {kernel_name(record.config)} (distance {match.distance:.2g})"
+        modelled = ", modelled" if record.modelled is not None else ""
+        source = kernel_name(record.config)
+        return f"transferred from {source} (distance {match.distance:.2g}{modelled})"
     threads = f" on {record.threads} threads" if record.threads != THREADS else ""
-    return f"tuned ({record.median_secs * 1e6:.4g} µs{threads}, {record.date[:10]})"
+    return f"tuned ({record.shown(record.median_secs)}{threads}, {record.date[:10]})"
 
 
 def folders() -> list[Path]:

@@ -39,25 +39,27 @@ def layer_config(config: KernelConfig) -> SepConvConfig:
     return SepConvConfig.parse(config.filters, config.kernel_size, padding="same", **arguments)
 
 
-def write_task(path: Path, config: KernelConfig, batch: int, steps: int) -> None:
+def write_task(
+    path: Path,
+    config: KernelConfig,
+    batch: int,
+    steps: int,
+    answer: Callable[..., tuple[Array, Array]] | None = None,
+) -> None:
     """Draw inputs and weights, the same ones each time, and save them with the right answers.
 
     Beside the measured input there are two of odd lengths: a kernel that is right where whole tiles
     end, and nowhere else, is wrong.
+
+    Parameters
+    ----------
+    answer
+        Takes the config and the reference's operands; returns the output and how far from it each
+        element may be. None is for kernels that round no operand.
     """
     layer = layer_config(config)
     draw = np.random.default_rng(0)
-    sizes = {
-        "depthwise": layer.depthwise_shape(config.channels),
-        "pointwise": layer.pointwise_shape(config.channels),
-        "bias": layer.bias_shape,
-    }
-    # Terms of a size that keeps every activation in its interesting range.
-    scales = {"depthwise": config.kernel_size**-0.5, "pointwise": config.mid_channels**-0.5}
-    weights = {
-        name: (draw.standard_normal(shape) * scales.get(name, 1.0)).astype(config.dtype)
-        for name, shape in sizes.items()
-    }
+    weights = drawn_weights(config, draw)
     bias = weights["bias"] if config.use_bias else None
     cases = []
     for samples, length in ((batch, steps), *EDGES):
@@ -65,8 +67,24 @@ def write_task(path: Path, config: KernelConfig, batch: int, steps: int) -> None
         shape = (samples, length, config.channels) if last else (samples, config.channels, length)
         x = draw.standard_normal(shape).astype(config.dtype)
         operands = (x, weights["depthwise"], weights["pointwise"], bias, layer)
-        cases.append(Case(x, *_answer(config, *operands)))
+        cases.append(Case(x, *(answer or _answer)(config, *operands)))
     save_task(path, config, weights, cases)
+
+
+def drawn_weights(config: KernelConfig, draw: np.random.Generator) -> dict[str, Array]:
+    """Weights in Keras's shapes, by name; also a ``bias`` for kernels that have none."""
+    layer = layer_config(config)
+    sizes = {
+        "depthwise": layer.depthwise_shape(config.channels),
+        "pointwise": layer.pointwise_shape(config.channels),
+        "bias": layer.bias_shape,
+    }
+    # Terms of a size that keeps every activation in its interesting range.
+    scales = {"depthwise": config.kernel_size**-0.5, "pointwise": config.mid_channels**-0.5}
+    return {
+        name: (draw.standard_normal(shape) * scales.get(name, 1.0)).astype(config.dtype)
+        for name, shape in sizes.items()
+    }
 
 
 def save_task(

@@ -17,16 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from tvm_sepconv import workloads
-from tvm_sepconv.compiler.schedules import arm, x86
+from tvm_sepconv.compiler.schedules import arm, cuda, x86
 from tvm_sepconv.compiler.schedules.cpu import Tiling, legal
 from tvm_sepconv.config import KernelConfig
+from tvm_sepconv.targets import CUDA_ARCHS
 
 LONG = "long"  # the variant that is tuned; the shorter ones are derived from the target's constants
+TF32 = "+tf32"  # added to a variant of CUDA's where that is allowed: it is another kernel then
 UNITS = {**x86.UNITS, **arm.UNITS}
 _MOST = 1e6  # seconds, or times their median: what is more is no measurement
+# A modelled core has this clock, so that its cycles are compared and searched as times are; what is
+# written and shown is cycles.
+MODEL_HZ = 1e6
+_COSTS = {"median_secs": "median_cycles", "default_secs": "default_cycles"}
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,), "float": (int, float), "str": (str,), "Mapping[str, Any]": (dict,),
+    "str | None": (str, type(None)),
 }  # fmt: skip
 _DECISIONS: dict[str, Callable[[Any], bool]] = {
     "int": lambda value: type(value) is int,
@@ -51,13 +58,16 @@ class Record:
     decisions
         By name, as the schedule's `Tiling` takes them.
     median_secs, default_secs
-        Of one call of the library, and of one with the default decisions measured in alternation.
+        Of one call of the library, and of one with the default decisions measured in alternation;
+        if `modelled`, of a core with a clock of `MODEL_HZ`.
     noise
         The samples' interquartile range as a share of their median.
     trials
         Candidates measured to find it.
     date
         ISO, with the time zone.
+    modelled
+        The core that its cycles were modelled for; None for what was measured.
     """
 
     config: KernelConfig
@@ -74,6 +84,7 @@ class Record:
     machine: str
     tvm: str
     date: str
+    modelled: str | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -90,9 +101,22 @@ class Record:
         """The date, comparable between time zones."""
         return datetime.fromisoformat(self.date)
 
+    def shown(self, secs: float) -> str:
+        """Say one of the record's two times; of a modelled one it is cycles."""
+        if self.modelled is None:
+            return f"{secs * 1e6:.4g} µs"
+        return f"{secs * MODEL_HZ:.4g} modelled cycles"
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
-        return {**vars(self), "config": self.config.to_dict(), "decisions": dict(self.decisions)}
+        """Plain values; cycles where they are modelled."""
+        values = {**vars(self), "config": self.config.to_dict(), "decisions": dict(self.decisions)}
+        if self.modelled is None:
+            del values["modelled"]
+            return values
+        return {
+            _COSTS.get(name, name): round(value * MODEL_HZ) if name in _COSTS else value
+            for name, value in values.items()
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Record:
@@ -106,7 +130,7 @@ class Record:
         config = KernelConfig.from_dict(values["config"])
         if not isinstance(config.use_bias, bool):
             raise TypeError(f"`use_bias` must be true or false. Received: {config.use_bias!r}")
-        record = cls(**{**values, "config": config})
+        record = cls(**{**_in_secs(values), "config": config})
         for field in dataclasses.fields(cls):
             kinds = _KINDS.get(str(field.type), (object,))
             value = getattr(record, field.name)
@@ -137,7 +161,7 @@ class Line:
     number: int
     text: str
     record: Record | None
-    tiling: Tiling | None
+    tiling: Any
     problem: str
 
     @property
@@ -194,18 +218,33 @@ def _line(path: Path, number: int, text: str) -> Line:
         return Line(path, number, text, record, None, problem)
 
 
+def _in_secs(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A record's values, with the times that its cycles would be."""
+    if "modelled" not in values:
+        return dict(values)
+    result = dict(values)
+    for secs, cycles in _COSTS.items():
+        count = result.pop(cycles)
+        if type(count) is not int or secs in result:
+            raise TypeError(f"`{cycles}` must be int, without `{secs}`. Received: {count!r}")
+        result[secs] = count / MODEL_HZ
+    return result
+
+
 def _no_json(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def tiling_of(record: Record) -> Tiling:
-    """Return what the schedule makes of a record's decisions.
+def tiling_of(record: Record) -> Any:
+    """Return the schedule's `Tiling` with a record's decisions.
 
     Raises
     ------
     ValueError
         If there is no such schedule, it has not these decisions, or they do not fit the layer.
     """
+    if record.target.startswith("cuda-"):
+        return _cuda_tiling(record)
     unit = UNITS.get(record.target.partition("@")[0])
     if unit is None or record.variant != LONG:
         what = f"the {record.variant} variant for {record.target}"
@@ -225,6 +264,18 @@ def tiling_of(record: Record) -> Tiling:
     return tiling
 
 
+def _cuda_tiling(record: Record) -> Any:
+    variant = record.variant.removesuffix(TF32)
+    arch = record.target.removeprefix("cuda-")
+    if variant not in cuda.VARIANTS or arch not in CUDA_ARCHS:
+        what = f"the {record.variant} variant for {record.target}"
+        raise ValueError(f"there is no schedule with decisions of {what}")
+    tiling = cuda.tiling_from_dict(record.decisions)
+    if why := cuda.refusal(record.config, variant != record.variant, arch, tiling):
+        raise ValueError(f"its decisions do not fit the layer: {why}")
+    return tiling
+
+
 def read(path: Path) -> list[Record]:
     """Read a log; a line that is no record of its target is named and skipped."""
     result = []
@@ -239,9 +290,11 @@ def read(path: Path) -> list[Record]:
 def best(records: Iterable[Record]) -> Record:
     """Return which of several records of one key stays.
 
-    Times of different machines do not compare: of one machine's records the fastest a step stays,
-    of what is left of several machines the newest.
+    What was measured stays before what was modelled. Times of different machines do not compare: of
+    one machine's records the fastest a step stays, of what is left of several machines the newest.
     """
+    everything = list(records)
+    records = [record for record in everything if record.modelled is None] or everything
     fastest: dict[str, Record] = {}
     for record in sorted(records, key=lambda r: (-r.secs_a_step, r.when)):
         fastest[record.machine] = record

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tvm
 from tvm.s_tir import Schedule
@@ -24,13 +24,12 @@ from tvm.s_tir import meta_schedule as ms
 from tvm.s_tir.schedule import Trace
 
 from tvm_sepconv.compiler.schedules.cpu import Tiling
-from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.compiler.tuning import builder
 from tvm_sepconv.compiler.tuning.evolution import Candidates, evolve
 from tvm_sepconv.compiler.tuning.history import Trial, Writer
 from tvm_sepconv.compiler.tuning.measure import RunnerError
 from tvm_sepconv.compiler.tuning.runner import Runner, apart
-from tvm_sepconv.compiler.tuning.space import Space, tiling_of
+from tvm_sepconv.compiler.tuning.space import tiling_of
 
 BATCH = 8  # candidates between two lessons of the cost model
 SAMPLES = 15
@@ -79,6 +78,8 @@ class Search:
 
     Parameters
     ----------
+    space, target
+        What to search: a `Space` of a CPU target; `cuda_search` has another.
     folder
         For libraries and the database.
     runner
@@ -95,8 +96,8 @@ class Search:
 
     def __init__(
         self,
-        space: Space,
-        target: CpuTarget,
+        space: Any,
+        target: Any,
         folder: Path,
         runner: Runner | None,
         history: Writer,
@@ -182,7 +183,7 @@ class Search:
         """Measure candidates in turns; a runner's errors pass through."""
         self._phase("comparing")
         absent = [t for t in tilings if not builder.library(self.folder, t).is_file()]
-        for artifact in self._build([self.space.scheduled(t).mod for t in absent]):
+        for artifact in self._build([self.space.module(t) for t in absent]):
             if artifact.error_msg:  # it was built before: the machine is short of something
                 raise RuntimeError(str(artifact.error_msg))
         return self._apart(self._sample, tilings, rounds)
@@ -194,9 +195,14 @@ class Search:
 
         Returns the results of all up to the first that was not tried any more.
         """
-        self.progress.rejections = dict(self.space.rejections)
         modules = [candidate.sch.mod for candidate in candidates]
-        scheduled = {tiling_of(mod): mod for mod in modules}
+        self._attempt({tiling_of(mod): mod for mod in modules})
+        tried = itertools.takewhile(self.trials.__contains__, map(tiling_of, modules))
+        return [_result(self.trials[tiling]) for tiling in tried]
+
+    def _attempt(self, scheduled: Mapping[Tiling, tvm.IRModule]) -> None:
+        """Try those that are new, as long as there are trials left and nobody says stop."""
+        self.progress.rejections = dict(self.space.rejections)
         new = [tiling for tiling in scheduled if tiling not in self.trials]
         new = new[: max(self.progress.of - self.progress.trials, 0)]
         if self.should_stop():
@@ -206,8 +212,6 @@ class Search:
         else:
             for tiling in new:
                 self._note(tiling, self.replayed.get(tiling, self._missing(tiling)))
-        tried = itertools.takewhile(self.trials.__contains__, map(tiling_of, modules))
-        return [_result(self.trials[tiling]) for tiling in tried]
 
     def _done(self) -> bool:
         return self.progress.trials >= self.progress.of or self.should_stop()
@@ -219,7 +223,8 @@ class Search:
         self._phase("measuring")
         errors = {t: str(a.error_msg) for t, a in zip(scheduled, built, strict=True) if a.error_msg}
         assert self.runner is not None
-        for some in _chunks(list(scheduled), self.runner.workers):
+        trials = [t for t in scheduled if t not in errors or not self._rejected(t, errors[t])]
+        for some in _chunks(trials, self.runner.workers):
             if self.should_stop() and self.space.default in self.trials:
                 return
             futures = {t: self._aside.submit(self._sample, [t]) for t in some if t not in errors}
@@ -237,6 +242,10 @@ class Search:
                 self._note(tiling, self._trial(tiling, secs, error), tiling not in errors)
             if lost:
                 raise lost
+
+    def _rejected(self, tiling: Tiling, error: str) -> bool:
+        """Whether a build that failed is no trial."""
+        return False
 
     def _sample(self, tilings: Sequence[Tiling], rounds: int = SAMPLES) -> list[list[float]]:
         assert self.runner is not None

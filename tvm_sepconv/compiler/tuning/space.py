@@ -13,6 +13,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from tvm_sepconv.compiler import compute
 from tvm_sepconv.compiler.schedules.cpu import Tiling, legal
 from tvm_sepconv.compiler.schedules.fused import fuse
 from tvm_sepconv.compiler.targets import CpuTarget
+from tvm_sepconv.compiler.tuning import measure
+from tvm_sepconv.compiler.tuning.records import LONG
 from tvm_sepconv.config import KernelConfig
 
 _PREFIX = "tvm_sepconv."
@@ -52,6 +55,7 @@ class Space:
         self.lanes = target.lanes(config.accumulation_dtype)
         self.unit = target.family.UNITS[target.isa]
         self.out_steps = out_steps
+        self.variant = LONG
         self.default: Tiling = every[0]
         self.tilings = frozenset(t for t in every if t.step_tile <= out_steps)
         if self.default not in self.tilings:
@@ -99,6 +103,10 @@ class Space:
         ]
         return sum(step > 0 for step in steps), sum(steps), str(b)
 
+    def write_task(self, path: Path, batch: int, steps: int) -> None:
+        """See `measure.write_task`."""
+        measure.write_task(path, self.config, batch, steps)
+
     def workload(self) -> tvm.IRModule:
         """The kernel for one sample of the measured length: MetaSchedule's view of it.
 
@@ -139,7 +147,7 @@ class Space:
         for name in self.choices:
             sch.unannotate(block, _PREFIX + name)
         sch.annotate(block, _TILING, json.dumps(tiling.to_dict()))
-        fuse(sch, self.config, self.lanes, tiling)
+        fuse(sch, self.config, self.unit, tiling)
         return True
 
     def scheduled(self, tiling: Tiling) -> Schedule:
@@ -149,6 +157,10 @@ class Space:
         sch.enter_postproc()
         assert self.apply(sch), tiling
         return sch
+
+    def module(self, tiling: Tiling) -> tvm.IRModule:
+        """What the builder gets of a candidate."""
+        return self.scheduled(tiling).mod
 
     def generator(self) -> ms.space_generator.ScheduleFn:
         """The space for a `TuneContext`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import math
 import shutil
@@ -11,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,18 +18,18 @@ import numpy as np
 from tvm_sepconv import jit
 from tvm_sepconv.bundle import RUNTIME
 from tvm_sepconv.compiler import build, default_space
-from tvm_sepconv.compiler.schedules.cpu import Tiling
 from tvm_sepconv.compiler.static import Shape
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.compiler.tuning import history, logs, measure
-from tvm_sepconv.compiler.tuning.history import History, Trial, Writer
+from tvm_sepconv.compiler.tuning.finalists import finalists, now, record_of, winner
+from tvm_sepconv.compiler.tuning.history import History, Writer
 from tvm_sepconv.compiler.tuning.measure import RunnerError
+from tvm_sepconv.compiler.tuning.modelled.runner import Modelled
 from tvm_sepconv.compiler.tuning.runner import Runner, here, machine
 from tvm_sepconv.compiler.tuning.search import Progress, Search
 from tvm_sepconv.compiler.tuning.space import Space
 from tvm_sepconv.config import KernelConfig
 
-FINALISTS = 3
 FINAL_SAMPLES = 41
 REPLAY = "replay.jsonl"  # beside the history: that may be the one which is replayed
 _SAME = ("config", "target", "batch", "steps", "threads", "space")
@@ -63,7 +63,7 @@ class Result:
 
 def tune(
     config: KernelConfig,
-    target: CpuTarget,
+    target: Any,
     batch: int,
     steps: int,
     *,
@@ -77,10 +77,11 @@ def tune(
     replay: Path | None = None,
     runner: Runner | None = None,
     record: bool = True,
+    allow_tf32: bool = False,
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Result:
-    """Tune the long variant of a kernel and write its record.
+    """Tune a variant of a kernel, of a CPU's the long one, and write its record.
 
     The default is the first candidate, the decisions in use are another, and all that might be
     recorded are measured in alternation at the end: the record is the default's unless another is
@@ -107,9 +108,11 @@ def tune(
         A history to take times from instead of measuring, or a `work_dir` that has it; nothing is
         recorded.
     runner
-        Where to measure; None is here.
+        Where to measure; None is here, for CUDA on the first GPU.
     record
         Whether to begin with the records there are, and to write one.
+    allow_tf32
+        On a GPU, whether float32 may be multiplied as TF32.
     report
         Called after every trial, and when another phase begins.
     should_stop
@@ -134,70 +137,101 @@ def tune(
         )
     if resume and replay:
         raise ValueError("A search is resumed or replayed, not both")
-    place = history.folder(work_dir, target.name, config.key, space).absolute()
+    own: Any = None
+    if space == history.OWN_SPACE:
+        own = _space(config, target, batch, steps, allow_tf32)
+    usual = own is None or own.variant == logs.LONG
+    key = config.key if usual else f"{config.key}_{own.variant}"
+    place = history.folder(work_dir, target.name, key, space).absolute()
     header = {
         "config": config.to_dict(), "workload": workload, "target": target.name, "batch": batch,
         "steps": steps, "threads": threads, "space": space, "seed": seed, "trials": trials,
-        "tvm": importlib.metadata.version("apache-tvm"), "machine": None, "date": _now(),
+        "tvm": importlib.metadata.version("apache-tvm"), "machine": None, "date": now(),
         "modelled": False,
     }  # fmt: skip
-    if space != history.OWN_SPACE:
+    if own is None:
         if resume or replay or runner:
             raise ValueError(
                 "A search of MetaSchedule's own space measures on this machine, from its beginning:"
                 " it cannot be resumed, replayed or measured elsewhere"
             )
+        assert isinstance(target, CpuTarget)
         return _default_space(config, target, place, header, report, should_stop)
-    out_steps = measure.layer_config(config).out_steps(steps)
-    own = Space(config, target, out_steps)
     if replay:
-        given = _replayable(replay, history.folder(replay, target.name, config.key, space), header)
+        given = _replayable(replay, history.folder(replay, target.name, key, space), header)
         return _replay(own, target, place, given, header, report)
     return _search(own, target, place, header, resume, runner, record, report, should_stop)
 
 
+def _space(config: KernelConfig, target: Any, batch: int, steps: int, allow_tf32: bool) -> Any:
+    out_steps = measure.layer_config(config).out_steps(steps)
+    if isinstance(target, CpuTarget):
+        return Space(config, target, out_steps)
+    return _cuda().Grid(config, target, batch, out_steps, allow_tf32)
+
+
+def _searcher(space: Any) -> type[Search]:
+    found: type[Search] = Search if isinstance(space, Space) else _cuda().GridSearch
+    return found
+
+
+def _cuda() -> ModuleType:
+    from tvm_sepconv.compiler.tuning import cuda_search
+
+    return cuda_search
+
+
 def _search(
-    space: Space, target: CpuTarget, place: Path, header: dict[str, Any], resume: bool,
+    space: Any, target: Any, place: Path, header: dict[str, Any], resume: bool,
     runner: Runner | None, recording: bool, report: Callable[[Progress], None],
     should_stop: Callable[[], bool],
 ) -> Result:  # fmt: skip
     config, threads, progress = space.config, header["threads"], Progress(of=header["trials"])
     folder = logs.writable() if recording else None
-    match = logs.lookup(config, target.name, threads=threads) if recording else None
+    key = (config, target.name, threads)
+    match = logs.lookup(*key, variant=space.variant) if recording else None
     with ExitStack() as stack:
         runtime = place / RUNTIME
         if runner is None:
-            runner = stack.enter_context(closing(here(runtime, threads)))
+            local = here(runtime, threads) if isinstance(space, Space) else _cuda().here()
+            runner = stack.enter_context(closing(local))
         known = [t for t in (space.default, match and match.tiling) if t in space.tilings]
         first = list(dict.fromkeys([*known, *space.neighbours(space.default)]))
         header |= {"machine": runner.machine, "first": [tiling.to_dict() for tiling in first]}
+        if isinstance(runner, Modelled):
+            header["modelled"] = runner.core
         earlier = _earlier(place / history.NAME, header) if resume else None
         _clear(place, keep=earlier is not None)
         writer = Writer(place / history.NAME, None if earlier else header)
         stack.enter_context(closing(writer))
-        search = Search(space, target, place, runner, writer, progress, report, should_stop)
+        arguments = (space, target, place, runner, writer, progress, report, should_stop)
+        search = _searcher(space)(*arguments)
         stack.enter_context(closing(search))
         stack.enter_context(_seeded(header["seed"]))
         search.start()
-        measure.write_task(search.task, config, header["batch"], header["steps"])
-        build.build_runtime(target, runtime)
+        space.write_task(search.task, header["batch"], header["steps"])
+        if isinstance(target, CpuTarget):
+            build.build_runtime(target, runtime)
         if earlier:
             search.know(earlier.trials)
         try:
             search.run(first, header["seed"])
-            finalists = _finalists(known, search.trials)
-            samples = search.alternate(finalists, FINAL_SAMPLES)
+            best = finalists(known, search.trials)
+            samples = search.alternate(best, FINAL_SAMPLES)
         except RunnerError as error:
             raise RunnerError(
                 f"{error} {progress.trials} trials are kept in {writer.path}: go on with --resume"
             ) from error
-        winner = _winner(samples)
-        record = _record(header, finalists[winner], samples[winner], samples[0], progress.trials)
+        won = winner(samples)
+        values = {**header, "variant": space.variant, "decisions": best[won].to_dict()}
+        record = record_of(values, samples[won], samples[0], progress.trials)
         path = None
         try:
             worked = sum(trial.secs is not None for trial in search.trials.values())
             if folder is not None and worked > 1:
-                again = match.record if match and match.tiling in finalists else None
+                again = match.record if match and match.tiling in best else None
+                if record.modelled and again and again.modelled is None:
+                    again = None  # what was measured is no worse for what was modelled
                 path = logs.write(record, folder, again)
         finally:
             writer.final(
@@ -231,11 +265,13 @@ def _default_space(
 
 
 def _replay(
-    space: Space, target: CpuTarget, place: Path, given: History, header: dict[str, Any],
+    space: Any, target: Any, place: Path, given: History, header: dict[str, Any],
     report: Callable[[Progress], None],
 ) -> Result:  # fmt: skip
     decisions = given.header.get("first", [space.default.to_dict()])
-    header |= {"machine": given.header["machine"], "first": decisions}
+    header |= {"machine": given.header["machine"]}
+    header["modelled"] = given.header.get("modelled", False)  # older histories do not say
+    header["first"] = decisions
     progress = Progress(of=header["trials"])
     times = {t: trial for trial in given.trials if (t := space.tiling(trial.decisions))}
     first = [t for t in map(space.tiling, decisions) if t]
@@ -244,7 +280,9 @@ def _replay(
         tempfile.TemporaryDirectory(dir=place) as scratch,
         closing(Writer(place / REPLAY, header)) as writer,
         closing(
-            Search(space, target, Path(scratch), None, writer, progress, report, replayed=times)
+            _searcher(space)(
+                space, target, Path(scratch), None, writer, progress, report, replayed=times
+            )
         ) as search,
         _seeded(header["seed"]),
     ):
@@ -264,29 +302,6 @@ def _replayable(path: Path, usual: Path, header: Mapping[str, Any]) -> History:
     found = history.read_history(path)
     _check_same(found, header, _SAME, "replayed")
     return found
-
-
-def _record(
-    header: Mapping[str, Any], tiling: Tiling, samples: Sequence[float], default: Sequence[float],
-    trials: int,
-) -> logs.Record:  # fmt: skip
-    low, median, high = (float(n) for n in np.percentile(samples, [25, 50, 75]))
-    return logs.Record(
-        config=KernelConfig.from_dict(header["config"]),
-        variant=logs.LONG,
-        target=header["target"],
-        threads=header["threads"],
-        batch=header["batch"],
-        steps=header["steps"],
-        decisions=tiling.to_dict(),
-        median_secs=median,
-        default_secs=float(np.median(default)),
-        noise=(high - low) / median,
-        trials=trials,
-        machine=header["machine"],
-        tvm=header["tvm"],
-        date=_now(),
-    )
 
 
 def _earlier(path: Path, header: Mapping[str, Any]) -> History | None:
@@ -316,26 +331,6 @@ def _clear(place: Path, keep: bool) -> None:
     place.mkdir(parents=True, exist_ok=True)
     for name in _DATABASE:
         (place / name).unlink(missing_ok=True)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def _finalists(known: Sequence[Tiling], trials: Mapping[Tiling, Trial]) -> list[Tiling]:
-    """The known tilings that work, the default first, and the fastest of all."""
-    working = [tiling for tiling in trials if trials[tiling].secs is not None]
-    fastest = sorted(working, key=lambda tiling: trials[tiling].median_secs)[:FINALISTS]
-    return list(dict.fromkeys([*(tiling for tiling in known if tiling in working), *fastest]))
-
-
-def _winner(samples: Sequence[Sequence[float]]) -> int:
-    """The fastest of alternated samples; 0, the default, unless another is faster beyond chance."""
-    table = np.array(samples)
-    best = int(np.argmin(np.median(table, axis=1)))
-    low, ratio, high = np.percentile(table[best] / table[0], [25, 50, 75])
-    # 95 % of medians: the notch of a box plot (McGill, Tukey and Larsen 1978).
-    return best if ratio + 1.57 * (high - low) / table.shape[1] ** 0.5 < 1 else 0
 
 
 @contextmanager
