@@ -94,6 +94,30 @@ def test_tensorflows_tensors_without_keras() -> None:
     assert done.returncode == 0, done.stderr
 
 
+EXPORT = """
+import sys
+import keras, numpy as np, tensorflow as tf
+from tvm_sepconv.interop.keras import convert
+layers = [keras.layers.SeparableConv1D(8, 3, padding="same"), keras.layers.ReLU()]
+model = keras.Sequential([keras.Input((20, 5)), *layers])
+convert(model).export(sys.argv[1], format="tf_saved_model")
+exported = tf.saved_model.load(sys.argv[1])
+x = np.random.default_rng(0).standard_normal((2, 20, 5)).astype("float32")
+np.testing.assert_allclose(exported.serve(x), np.asarray(model(x)), rtol=1e-5, atol=1e-5)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["jax", "tensorflow"])
+def test_exported_models_need_nothing_of_ours(backend: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec("tensorflow") is None:
+        pytest.skip("tensorflow is not installed")
+    environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
+    command = [sys.executable, "-c", EXPORT, str(tmp_path / "saved")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_keras_own_tests(backend: str, tmp_path: Path) -> None:
     """All 1-D tests and those of the arguments: none skipped, and the kernel ran in them."""

@@ -217,3 +217,17 @@ def test_the_default_stays_unless_another_is_faster_beyond_chance(
     draw = np.random.default_rng(0)
     samples = [f * draw.normal(1, 0.01, tune.FINAL_SAMPLES) for f in factors]
     assert finalists.winner(samples) == expected
+
+
+@pytest.mark.parametrize(
+    ("spreads", "taken", "runs"),
+    [((0.01,), 0, 1), ((0.5, 0.02), 1, 2), ((0.5, 0.2, 0.3), 1, 3)],
+    ids=["quiet", "again", "the-quietest"],
+)
+def test_disturbed_alternations_are_repeated(
+    spreads: tuple[float, ...], taken: int, runs: int
+) -> None:
+    results = [[[1.0] * 30, [1.0, 1 + spread, 1 + 2 * spread] * 10] for spread in spreads]
+    left = list(results)
+    assert finalists.settled(lambda: left.pop(0)) is results[taken]
+    assert len(left) == len(results) - runs

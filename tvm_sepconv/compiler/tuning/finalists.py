@@ -6,7 +6,7 @@ No TVM is needed.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from tvm_sepconv.compiler.tuning.records import Record
 from tvm_sepconv.config import KernelConfig
 
 FINALISTS = 3
+ATTEMPTS, QUIET = 3, 0.1  # measurements, while the middle half of one spreads over more than this
 _MEASURED = ("variant", "target", "threads", "batch", "steps", "decisions", "machine", "tvm")
 
 T = TypeVar("T")
@@ -26,6 +27,22 @@ def finalists(known: Sequence[T], trials: Mapping[T, Trial]) -> list[T]:
     working = [tiling for tiling in trials if trials[tiling].secs is not None]
     fastest = sorted(working, key=lambda tiling: trials[tiling].median_secs)[:FINALISTS]
     return list(dict.fromkeys([*(tiling for tiling in known if tiling in working), *fastest]))
+
+
+def settled(measure: Callable[[], Sequence[Sequence[float]]]) -> Sequence[Sequence[float]]:
+    """Measure the finalists, and again where something disturbed it; the quietest result."""
+    results = []
+    for _ in range(ATTEMPTS):
+        results.append(measure())
+        if _noise(results[-1]) <= QUIET:
+            break
+    return min(results, key=_noise)
+
+
+def _noise(samples: Sequence[Sequence[float]]) -> float:
+    """The largest spread of a candidate's middle half, over its median."""
+    low, median, high = np.percentile(samples, [25, 50, 75], axis=1)
+    return float(np.max((high - low) / median))
 
 
 def winner(samples: Sequence[Sequence[float]]) -> int:

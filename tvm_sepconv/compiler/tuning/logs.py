@@ -230,7 +230,7 @@ def writable() -> Path:
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError as error:
-            problems.append(str(error))
+            problems.append(f"{folder} is a file" if folder.is_file() else str(error))
     raise OSError(
         f"No folder for tuning records can be written ({'; '.join(problems)}). Name one with "
         f"--logs or {VARIABLE}"

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,13 @@ from tvm_sepconv.compiler import build, default_space
 from tvm_sepconv.compiler.static import Shape
 from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.compiler.tuning import history, logs, measure
-from tvm_sepconv.compiler.tuning.finalists import finalists, now, record_of, winner
+from tvm_sepconv.compiler.tuning.finalists import (
+    finalists,
+    now,
+    record_of,
+    settled,
+    winner,
+)
 from tvm_sepconv.compiler.tuning.history import History, Writer
 from tvm_sepconv.compiler.tuning.measure import RunnerError
 from tvm_sepconv.compiler.tuning.modelled.runner import Modelled
@@ -217,7 +224,7 @@ def _search(
         try:
             search.run(first, header["seed"])
             best = finalists(known, search.trials)
-            samples = search.alternate(best, FINAL_SAMPLES)
+            samples = settled(partial(search.alternate, best, FINAL_SAMPLES))
         except RunnerError as error:
             raise RunnerError(
                 f"{error} {progress.trials} trials are kept in {writer.path}: go on with --resume"
