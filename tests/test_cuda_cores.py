@@ -46,7 +46,11 @@ TILINGS = {
     "two-kernels": cuda_two_kernels.Tiling(32, 32, 16, 4, 4, 4),
     "unstaged": Tiling(64, 32, 16, 8, 4, 4, stages=2, stage_input=False),
 }
-CASES = pairwise(list(SHAPES), list(TILINGS), LAYOUTS, ALIGNMENTS)
+CASES = [  # two stages of 1600 rows of halo are more than a block's shared memory
+    case
+    for case in pairwise(list(SHAPES), list(TILINGS), LAYOUTS, ALIGNMENTS)
+    if case[:2] != ("far", "tall")
+]
 DEFAULTS = {  # layers of workloads.json and of the figures
     "QN-B1": KernelConfig(256, 256, 33, activation="relu"),
     "QN-C1": KernelConfig(64, 256, 33, strides=2, activation="relu"),
