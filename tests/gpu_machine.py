@@ -38,7 +38,7 @@ class Gpus:
         for part in self._parts.values():
             part.set(**settings)
 
-    def log(self, layer: SeparableConv1D, *kinds: str) -> list[str]:
+    def log(self, layer: SeparableConv1D | Path, *kinds: str) -> list[str]:
         """What the layer's library did since it was last asked; only lines that start so."""
         lines = self._part(layer).log()
         return [line for line in lines if not kinds or line.startswith(kinds)]
@@ -47,8 +47,8 @@ class Gpus:
         for part in self._parts.values():
             part.reset()
 
-    def _part(self, layer: SeparableConv1D) -> Any:
-        path = layer._cuda.library.path
+    def _part(self, layer: SeparableConv1D | Path) -> Any:
+        path = layer if isinstance(layer, Path) else layer._cuda.library.path
         return self._parts.setdefault(path, self._machine(path))
 
 

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import tvm_ffi
 from gpu_machine import FRAMEWORKS, STREAM
 from gpu_tensors import CuPy, Jax, Tensor, Torch
 from layers import BATCH, CHANNELS, FILTERS, STEPS, assert_right, inputs, layer_of, normal
@@ -324,8 +325,39 @@ def test_calls_can_be_captured(kind, gpus):
     gpus.set(layer, capturing=1)
     layer(x, out=out)
     layer(x)
-    assert [line.split()[0] for line in gpus.log(layer)] == ["launch", "launch"]
+    freed_meanwhile = ("free", "unpin")  # what other tests left behind, whenever it is collected
+    done = [line.split()[0] for line in gpus.log(layer)]
+    assert [word for word in done if word not in freed_meanwhile] == ["launch", "launch"]
     assert_right(layer, x.array, out.array)
+
+
+def test_arrays_may_be_freed_during_a_capture(gpus):
+    layer, x = called(layer_of(seed=7), Torch), Torch(inputs())
+    memory = layer._cuda.library.empty(tvm_ffi.Shape((3, 5)), "float32", 0)
+    gpus.log(layer)
+    gpus.set(layer, capturing=1)
+    del memory
+    assert "free 0 60" in gpus.log(layer, "free")
+    assert_right(layer, x.array, layer(x).array)  # refused in a capture that was broken
+
+
+def test_captured_weights_outlive_new_ones(gpus):
+    layer, x = called(layer_of(seed=9), Torch), Torch(inputs())
+    new = [weight + 1 for weight in layer.get_weights()]
+    library = layer._cuda.library.path
+    gpus.log(library)
+    layer.set_weights(layer.get_weights())
+    assert gpus.log(library, "free")  # nothing was captured
+    layer(x)
+    gpus.set(layer, capturing=1)
+    layer(x)
+    gpus.set(layer, capturing=0)
+    gpus.log(library)
+    layer.set_weights(new)
+    assert not gpus.log(library, "free")
+    assert_right(layer, x.array, layer(x).array)
+    layer.set_weights(new)
+    assert gpus.log(library, "free")  # only those of the capture stay
 
 
 def test_first_calls_cannot_be_captured(gpus):

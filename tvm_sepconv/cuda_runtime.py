@@ -72,6 +72,7 @@ class Library:
         self.run, self.prepare, self.empty, self.pinned, self.copy, self.synchronize = (
             module[name] for name in names
         )
+        self.was_captured = module["was_captured"]
         self.description: dict[str, Any] = json.loads(module["describe"]())
         # Of (batch, output steps, GPU), in bytes; kernels that keep all to themselves need none.
         self.workspace = module["workspace"] if self.description["workspace"] else None
@@ -206,6 +207,10 @@ class CudaLayer:
                         "captured into a CUDA graph. Call it once before the capture begins"
                     ) from error
             return self.there[index]
+
+    def was_captured(self) -> bool:
+        """Whether a CUDA graph was captured with these weights, so that replays read them."""
+        return any(self.library.was_captured(pointwise) for _, pointwise, _ in self.there.values())
 
     def _put(self, array: Array, index: int) -> Any:
         import tvm_ffi

@@ -38,7 +38,8 @@ class SeparableConv1D(Weights):
     and returns the same kind, on the same device, in the layer's compute dtype; a nested list gives
     an array. Threads may share a layer. PyTorch's and CuPy's tensors on a GPU are computed with on
     their current stream; after the first call there, calls can be captured into a CUDA graph, which
-    keeps to the weights it was captured with: capture again after `set_weights`.
+    keeps to the weights it was captured with: capture again after `set_weights`, and keep the layer
+    for as long as the graph.
     """
 
     # The arguments are spelled out once, where they are parsed.
@@ -65,6 +66,7 @@ class SeparableConv1D(Weights):
         self._origin: tuple[Path, str, str] | None = None  # the bundle that the library is from
         self._compiled: CompiledLayer | None = None
         self._cuda: CudaLayer | None = None
+        self._captured: list[CudaLayer] = []  # with weights that a CUDA graph goes on reading
         self._gpu: int | None = None  # where arrays are computed, and nothing elsewhere
         self._activity_loss: Any = None
         self._lock = threading.RLock()
@@ -76,7 +78,13 @@ class SeparableConv1D(Weights):
 
     def _weights_changed(self) -> None:
         with self._lock:  # after a thread that is packing the old ones
-            self._compiled = self._cuda = None
+            self._compiled = None
+            self._replace_cuda(None)
+
+    def _replace_cuda(self, new: CudaLayer | None) -> None:
+        if self._cuda is not None and self._cuda.was_captured():
+            self._captured.append(self._cuda)
+        self._cuda = new
 
     # ---- configuration -----------------------------------------------------------------------
 
@@ -116,11 +124,12 @@ class SeparableConv1D(Weights):
         options = options or BuildOptions()
         with self._lock:
             if (options.target or "").startswith("cuda"):
-                self._cuda, self._gpu = cuda_tensors.compiled(self, 0, options), 0
+                self._replace_cuda(cuda_tensors.compiled(self, 0, options))
+                self._gpu = 0
                 self._library = None
             else:
                 self._library, self._gpu = self._find_library(options.target), None
-                self._cuda = None
+                self._replace_cuda(None)
             self._options, self._compiled, self._origin = options, None, None
             if self._gpu is None:
                 self._ready()

@@ -20,6 +20,7 @@ enum cudaError_t {
   cudaErrorInvalidResourceHandle = 400,
   cudaErrorLaunchFailure = 719,
   cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureInvalidated = 901,
 };
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum cudaDeviceAttr {
@@ -30,6 +31,7 @@ enum cudaDeviceAttr {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
 #define CUDART_VERSION 13000
 constexpr unsigned cudaHostAllocDefault = 0, cudaEventDisableTiming = 2, cudaStreamNonBlocking = 1;
 
@@ -51,13 +53,14 @@ struct cudaFuncAttributes {
 namespace fake_cuda {
 
 static const std::map<std::string, int64_t> usual = {{"devices", 2}, {"capability", 80}, {"driver", 13000},
-    {"free_bytes", 1 << 30}, {"capturing", 0}, {"launch_error", 0}, {"driver_error", 0}, {"no_image", 0}};
+    {"free_bytes", 1 << 30}, {"capturing", 0}, {"invalidated", 0}, {"launch_error", 0}, {"driver_error", 0}, {"no_image", 0}};
 static std::map<std::string, int64_t> settings = usual;
 static std::map<void*, std::pair<int, size_t>> memory;  // of which device, how many bytes
 static std::string log, failure;
 static std::recursive_mutex mutex;
 static thread_local int device;
 static thread_local cudaError_t last;
+static thread_local cudaStreamCaptureMode capture_mode;
 
 inline cudaError_t result(cudaError_t error) {
   if (error) last = error;
@@ -77,10 +80,16 @@ void note(const char* format, Values... values) {
   log += '\n';
 }
 
+inline cudaError_t unsafe_while_capturing() {
+  if (!settings["capturing"] || capture_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
+  settings["invalidated"] = 1;
+  return cudaErrorStreamCaptureUnsupported;
+}
+
 inline cudaError_t allocate(void** pointer, size_t bytes, int owner) {
   std::lock_guard<std::recursive_mutex> guard(mutex);
   if (cudaError_t error = ready()) return result(error);
-  if (settings["capturing"]) return result(cudaErrorStreamCaptureUnsupported);
+  if (cudaError_t error = unsafe_while_capturing()) return result(error);
   if (int64_t(bytes) > settings["free_bytes"]) return result(cudaErrorMemoryAllocation);
   *pointer = bytes ? aligned_alloc(256, (bytes + 255) / 256 * 256) : nullptr;
   if (bytes) {
@@ -95,6 +104,7 @@ inline cudaError_t allocate(void** pointer, size_t bytes, int owner) {
 inline cudaError_t release(void* pointer) {
   std::lock_guard<std::recursive_mutex> guard(mutex);
   if (!pointer) return cudaSuccess;
+  if (cudaError_t error = unsafe_while_capturing()) return result(error);
   auto found = memory.find(pointer);
   if (found == memory.end()) return result(cudaErrorInvalidValue);
   settings["free_bytes"] += found->second.second;
@@ -107,6 +117,7 @@ inline cudaError_t release(void* pointer) {
 inline cudaError_t launch(dim3 grid, dim3 block, size_t shared, cudaStream_t stream, std::function<void()> body) {
   std::lock_guard<std::recursive_mutex> guard(mutex);
   if (cudaError_t error = ready()) return result(error);
+  if (settings["capturing"] && settings["invalidated"]) return result(cudaErrorStreamCaptureInvalidated);
   if (settings["launch_error"]) return result(cudaError_t(settings["launch_error"]));
   note("launch %d stream %zu grid %u %u %u block %u %u %u", device, size_t(stream), grid.x, grid.y, grid.z, block.x, block.y, block.z);
   emulator::dynamic_bytes = shared;
@@ -128,6 +139,7 @@ inline const char* cudaGetErrorName(cudaError_t error) {
     case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
     case cudaErrorLaunchFailure: return "cudaErrorLaunchFailure";
     case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureInvalidated: return "cudaErrorStreamCaptureInvalidated";
     default: return "cudaErrorOther";
   }
 }
@@ -209,12 +221,16 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemc
 
 inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   std::lock_guard<std::recursive_mutex> guard(fake_cuda::mutex);
-  if (fake_cuda::settings["capturing"]) return fake_cuda::result(cudaErrorStreamCaptureUnsupported);
+  if (cudaError_t error = fake_cuda::unsafe_while_capturing()) return fake_cuda::result(error);
   fake_cuda::note("synchronize %d stream %zu", fake_cuda::device, size_t(stream));
   return fake_cuda::result(fake_cuda::ready());
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = cudaStreamCaptureStatus(fake_cuda::settings["capturing"]);
+  return cudaSuccess;
+}
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, fake_cuda::capture_mode);
   return cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {

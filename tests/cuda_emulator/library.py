@@ -16,7 +16,8 @@ from cuda_emulator import prepared
 HERE = Path(__file__).parent
 # What the source includes, read before the emulator's macros give `alignas` another meaning.
 _FIRST = ("tvm/ffi/tvm_ffi.h", "tvm/ffi/extra/c_env_api.h", "algorithm", "cmath", "cstdint",
-          "cstdio", "cstdlib", "cstring", "mutex", "sstream", "string", "vector")  # fmt: skip
+          "cstdio", "cstdlib", "cstring", "map", "mutex", "set", "sstream", "string",
+          "vector")  # fmt: skip
 _FLAGS = ("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-strict-aliasing", "-w")
 
 

@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 
 namespace sepconv {
@@ -258,6 +259,35 @@ inline void check_call(const DLTensor& x, const DLTensor& out) {
     TVM_FFI_THROW(ValueError) << "The `out` argument must not overlap `x` in memory";
 }
 
+// A graph reads the weights it was captured with whenever it is replayed: who gives them up asks for them here first.
+class Captured {
+ public:
+  void note(const void* weights, cudaStream_t stream) {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) cudaGetLastError();  // launching will say it
+    if (status != cudaStreamCaptureStatusActive) return;
+    std::lock_guard<std::mutex> guard(mutex_);
+    weights_.insert(weights);
+  }
+  bool has(const void* weights) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    return weights_.count(weights) != 0;
+  }
+  void forget(const void* memory) {
+    std::lock_guard<std::mutex> guard(mutex_);
+    weights_.erase(memory);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::set<const void*> weights_;
+};
+
+inline Captured& captured() {
+  static Captured* one = new Captured;  // outlives every tensor
+  return *one;
+}
+
 // ---- running -------------------------------------------------------------------------------------
 
 // Large tiles are the efficient ones, once they are enough to give every multiprocessor one.
@@ -372,6 +402,7 @@ inline void run(DLTensor* x_given, DLTensor* depthwise, DLTensor* pointwise,
   const bool aligned = l.can_align && is_aligned(x) && is_aligned(out) &&
                        (!l.channels_first || out_steps * l.dtype.bits / 8 % kAlignment == 0);
   call.left = static_cast<int32_t>(left);
+  captured().note(data(call.pointwise), stream_of(index));
   for (int64_t first = 0; first < batch; first += most) {
     const int64_t count = std::min(most, batch - first);
     Part from(x, first, count), to(out, first, count);
@@ -401,6 +432,17 @@ inline void prepare(int64_t index) {
   }
 }
 
+// Memory is given back whenever Python collects an array, also while somebody captures a CUDA graph, where a plain
+// cudaFree fails and takes the capture with it.
+class WhileCapturing {
+ public:
+  WhileCapturing() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~WhileCapturing() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
+
 struct DeviceMemory {
   void AllocData(DLTensor* t) {
     const size_t bytes = tvm::ffi::GetDataSize(*t);
@@ -418,7 +460,11 @@ struct DeviceMemory {
     check(status, "Allocating " + std::to_string(bytes) + " bytes on cuda:" +
                       std::to_string(t->device.device_id));
   }
-  void FreeData(DLTensor* t) { cudaFree(t->data); }
+  void FreeData(DLTensor* t) {
+    WhileCapturing relaxed;
+    captured().forget(t->data);
+    cudaFree(t->data);
+  }
 };
 
 struct PinnedMemory {
@@ -429,7 +475,10 @@ struct PinnedMemory {
       check(cudaMallocHost(&t->data, bytes),
             "Allocating " + std::to_string(bytes) + " bytes of pinned memory");
   }
-  void FreeData(DLTensor* t) { cudaFreeHost(t->data); }
+  void FreeData(DLTensor* t) {
+    WhileCapturing relaxed;
+    cudaFreeHost(t->data);
+  }
 };
 
 inline void check_shape(const Shape& shape) {
@@ -472,6 +521,8 @@ inline void synchronize(int64_t index) {
         "Waiting for cuda:" + std::to_string(index));
 }
 
+inline bool was_captured(DLTensor* pointwise) { return captured().has(data(*pointwise)); }
+
 inline int64_t driver_version() {
   int version = 0;
   return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
@@ -500,5 +551,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(empty, sepconv::empty)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(pinned, sepconv::pinned)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(copy, sepconv::copy)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(synchronize, sepconv::synchronize)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(was_captured, sepconv::was_captured)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(driver_version, sepconv::driver_version)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(describe, sepconv::describe)
