@@ -142,8 +142,8 @@ def candidates(
 ) -> tuple[Tiling, ...]:
     """Return up to `_CANDIDATES` tilings for tuning, all of which serve.
 
-    The defaults come first, then the best by `cost`: two in three for much work, one for little,
-    which tiles of at most 32 steps are.
+    The defaults come first, then the best by `cost` in turns, so that the first few serve both: two
+    for much work, one for little, which tiles of at most 32 steps are.
     """
     filters, channels = padded(config.filters, LANES), padded(config.channels, CHANNELS)
     tiles = dict.fromkeys(_even(filters, min(filters, width)) for width in (256, 128, 64, 32))
@@ -160,8 +160,9 @@ def candidates(
             found[steps <= 32].append(tiling)
     few, much = (sorted(found[key], key=lambda t: cost(config, t, arch)) for key in (True, False))
     third = _CANDIDATES // 3
-    best = *default_tilings(config, allow_tf32, arch), *much[: 2 * third], *few[:third]
-    return tuple(dict.fromkeys(best))[:_CANDIDATES]
+    turns = itertools.zip_longest(much[: 2 * third : 2], few[:third], much[1 : 2 * third : 2])
+    best = *default_tilings(config, allow_tf32, arch), *itertools.chain.from_iterable(turns)
+    return tuple(t for t in dict.fromkeys(best) if t is not None)[:_CANDIDATES]
 
 
 def cost(config: KernelConfig, tiling: Tiling, arch: str) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 CPU, CUDA = 1, 2
+OFFSET = 48  # bytes from what DLPack calls the data to the first element
 _CODES = {"int": 0, "uint": 1, "float": 2, "bfloat": 4, "complex": 5, "bool": 6}
 
 
@@ -55,9 +56,9 @@ def _exported(tensor: Tensor, kind: Any) -> Any:
     managed = kind(deleter=ctypes.cast(_delete, ctypes.c_void_p).value)
     code = _CODES[dtype.name.rstrip("0123456789")]
     managed.tensor = _DLTensor(
-        array.ctypes.data, CUDA, tensor.index, array.ndim, code, 8 * array.itemsize, 1,
+        array.ctypes.data - OFFSET, CUDA, tensor.index, array.ndim, code, 8 * array.itemsize, 1,
         ctypes.cast(shape, ctypes.POINTER(ctypes.c_int64)),
-        ctypes.cast(strides, ctypes.POINTER(ctypes.c_int64)), 0,
+        ctypes.cast(strides, ctypes.POINTER(ctypes.c_int64)), OFFSET,
     )  # fmt: skip
     _alive[ctypes.addressof(managed)] = managed, shape, strides, tensor
     return managed

@@ -511,7 +511,7 @@ def test_a_bundle_chooses_for_the_processor_and_for_a_gpu(saved: Path, tmp_path:
     opened, chosen = bundle.open_bundle(saved, "cuda")
     assert chosen == "cuda"
     assert opened.libraries("cuda")[0] is None
-    with pytest.raises(bundle.BundleError, match=r"no library for cuda-sm_80; it has \('cuda', "):
+    with pytest.raises(bundle.BundleError, match=r"no library for cuda-sm_80; it has cuda, "):
         bundle.open_bundle(saved, "cuda-sm_80")
     alone = tmp_path / "alone.sepconv"
     shutil.copytree(saved, alone)

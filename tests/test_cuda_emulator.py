@@ -32,6 +32,12 @@ import pytest
             1,
             "49156 bytes",
         ),
+        (
+            "__shared__ float4 a[2]; ptx_cp_async_legacy_cg_16_4_4(a, n, y, 0);",
+            (1, 1, 1),
+            1,
+            "cp.async of 16 bytes",
+        ),
         ("y[0] = 1;", (1, 1, 1), 1025, "1025 threads"),
         ("y[0] = 1;", (1, 65536, 1), 1, "grid of"),
         ("y[0] = 1;", (0, 1, 1), 1, "grid of"),
@@ -43,7 +49,7 @@ def test_emulator_reports_what_a_gpu_forbids(body, grid, threads, message, tmp_p
     source = f'#include <cuda.h>\nextern "C" __global__ void k(float* y, int n) {{\n{body}\n}}'
     kernel = cuda_emulator.Kernel(source, tmp_path)
     with pytest.raises(cuda_emulator.EmulationError, match=message):
-        kernel.launch(grid, (threads, 1, 1), {"y": np.zeros(1, "float32"), "n": 3})
+        kernel.launch(grid, (threads, 1, 1), {"y": np.zeros(8, "float32"), "n": 3})
 
 
 def test_emulated_shared_and_local_memory_start_poisoned(tmp_path):

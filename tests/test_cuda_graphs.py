@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import weakref
+from functools import partial
 
 import pytest
 from fake_gpu import Driver
 
 from tvm_sepconv.bench import cuda_graphs
 from tvm_sepconv.bench.cuda_graphs import Gpu
+from tvm_sepconv.compiler.tuning.cuda_measure import Timer
 
 
 @pytest.fixture
@@ -34,11 +37,25 @@ def test_launches_are_captured_once_and_replayed(driver: Driver) -> None:
     driver.calls.clear()
     assert gpu.seconds(replay) == pytest.approx(4e-3)
     assert launched == [1, 2]
-    names = ["cuEventRecord", "cuGraphLaunch", "cuEventRecord", "cuEventSynchronize"]
-    assert driver.calls == [*names, "cuEventElapsedTime"]
+    names = ["cuGraphLaunch", "cuEventRecord", "cuGraphLaunch", "cuEventRecord"]
+    assert driver.calls == [*names, "cuEventSynchronize", "cuEventElapsedTime"]
     gpu.synchronize()
     del replay
     assert driver.calls[-2:] == ["cuStreamSynchronize", "cuGraphExecDestroy"]
+
+
+def test_a_graph_keeps_the_memory_that_it_reads(driver: Driver) -> None:
+    class Memory:
+        pass
+
+    memory = Memory()
+    there = weakref.ref(memory)
+    timer = Timer([partial(id, memory)], Gpu())
+    del memory
+    assert timer.sample() > 0
+    assert there() is not None
+    del timer
+    assert there() is None
 
 
 def test_a_launch_that_fails_ends_the_capture(driver: Driver) -> None:

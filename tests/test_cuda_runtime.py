@@ -341,6 +341,14 @@ def test_arrays_may_be_freed_during_a_capture(gpus):
     assert_right(layer, x.array, layer(x).array)  # refused in a capture that was broken
 
 
+def test_weights_may_begin_behind_their_memory(gpus):
+    layer, x = called(layer_of(seed=8), Torch), Torch(inputs())
+    library, y = layer._cuda.library, layer(x)
+    out, left = Torch(np.zeros_like(y.array)), layer.config.pad_amounts(STEPS)[0]
+    library.run(x, *map(Torch, layer._cuda._weights), left, out)
+    assert_right(layer, x.array, out.array)
+
+
 def test_captured_weights_outlive_new_ones(gpus):
     layer, x = called(layer_of(seed=9), Torch), Torch(inputs())
     new = [weight + 1 for weight in layer.get_weights()]

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import shutil
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 from cuda_emulator import library as emulated
 from fake_gpu import HostClock
 from tvm_sepconv.compiler.schedules import cuda
+from waiting import LIMIT_SECS
 
 from tvm_sepconv import cli, gpu, reference
 from tvm_sepconv.bench import cuda_graphs
@@ -23,6 +26,7 @@ from tvm_sepconv.compiler import cuda as cuda_build
 from tvm_sepconv.compiler import nvcc
 from tvm_sepconv.compiler.gpu_session import cells, plan, tuning, worker
 from tvm_sepconv.compiler.gpu_session.bench import Bench, Problem
+from tvm_sepconv.compiler.gpu_session.child import Child
 from tvm_sepconv.compiler.targets import CudaTarget
 from tvm_sepconv.compiler.tuning import builder, cuda_measure, cuda_search, logs, measure, tune
 from tvm_sepconv.compiler.tuning.history import read_history
@@ -90,6 +94,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a libcuda.so.1 whose graphs are of emulated launches."""
+    folder = tmp_path_factory.mktemp("driver")
+    emulated.build_driver(folder / cuda_graphs.DRIVER)
+    return folder
+
+
 @needs_gpp
 def test_a_search(
     built: Path, machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -141,8 +153,8 @@ def test_a_search(
 
 @pytest.fixture
 def bench(
-    built: Path, machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Bench]:
+    built: Path, driver: Path, machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Bench:
     """A prepared folder whose libraries are all the same one."""
     decisions = cuda_search.Grid(CONFIG, TARGET, 1, 64).default.to_dict()
     names = {"a": plan.DEFAULT, "two": plan.TWO_KERNELS, "0": plan.CANDIDATE}
@@ -162,12 +174,14 @@ def bench(
     monkeypatch.setattr(tuning, "SAMPLES", 2)
     monkeypatch.setattr(tuning, "FINAL_SAMPLES", 3)
     monkeypatch.setattr(cuda_graphs, "machine", lambda: "the emulator")
-    yield Bench(made, HostClock())
+    monkeypatch.setattr(cuda_graphs, "DRIVER", str(driver / cuda_graphs.DRIVER))
+    return Bench(made, cuda_graphs.Gpu())
 
 
 def done(bench: Bench, item: plan.Item) -> Any:
     """What a worker answers, as its parent reads it."""
-    return json.loads(json.dumps(worker.answer(bench, worker.STEPS[item.step], item)))
+    do = partial(worker.STEPS[item.step], bench, item)
+    return json.loads(json.dumps(worker.answer(bench, do)))
 
 
 @needs_gpp
@@ -182,6 +196,30 @@ def test_items_of_every_step(bench: Bench) -> None:
         "torch", "cuDNN channels_last", "cuDNN channels_last",
     ]  # fmt: skip
     assert done(bench, plan.Item("rest", "bandwidth"))["found"]["bytes_a_second"] > 0
+
+
+@needs_gpp
+def test_libraries_of_a_layer_have_the_same_problem(bench: Bench) -> None:
+    one, two, other = bench.plan.libraries
+    problem = bench.problem(one, 2, 37)
+    assert problem is bench.problem(other, 2, 37) is bench.problem(two, 2, 37)
+    half = dataclasses.replace(one, precision="float16")
+    assert bench.problem(half, 2, 37).x.dtype == np.float16
+
+
+@needs_gpp
+def test_a_worker_in_its_process(
+    bench: Bench, driver: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(driver))
+    folder = bench.plan.folder
+    other = folder / "checkout" / "tvm_sepconv"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("raise ImportError('another one')")
+    monkeypatch.chdir(other.parent)
+    with closing(Child([str(folder), "correctness"], folder / "worker.log")) as one:
+        assert one.ask("", LIMIT_SECS) == "an emulated GPU"
+        assert 0 < one.ask("correctness/a", LIMIT_SECS)["error"] <= 1
 
 
 @needs_gpp
@@ -239,7 +277,7 @@ def test_a_broken_context_is_told_to_the_parent(bench: Bench) -> None:
             raise RuntimeError("unspecified launch failure")
 
     bench = Bench(bench.plan, Broken())
-    answer = worker.answer(bench, lambda b, i: 1 // 0, plan.Item("rest", "bandwidth"))
+    answer = worker.answer(bench, lambda: 1 // 0)
     assert answer == {"error": "ZeroDivisionError: integer division or modulo by zero",
                       "broken": True}  # fmt: skip
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 from fake_gpu import HostClock
 
@@ -33,6 +38,23 @@ def test_xla_is_timed_over_many_calls_at_once() -> None:
     (prepare,) = peers.entries("JAX").values()
     assert prepare(case, "tf32", HostClock()).timer()() > 0
     assert peers._jax_calls(case, HostClock()) == peers.JAX_CALLS
+
+
+def test_a_graph_of_torch_keeps_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    for name in ("ExternalStream", "stream", "graph", "synchronize"):
+        nothing = contextlib.nullcontext()
+        monkeypatch.setattr(torch.cuda, name, lambda *a, nothing=nothing, **named: nothing)
+    replayed: list[int] = []
+    graph = SimpleNamespace(replay=lambda: replayed.append(1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    given = torch.zeros(1)
+    there = weakref.ref(given)
+    replay = peers.TorchGraphs(HostClock()).graph([partial(torch.relu, given)])
+    del given
+    replay()
+    assert replayed == [1]
+    assert there() is not None
 
 
 @pytest.mark.parametrize(

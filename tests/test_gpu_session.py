@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from command_line import refused
+from waiting import LIMIT_SECS
 
 from tvm_sepconv import cli, gpu, workloads
 from tvm_sepconv.compiler.gpu_session import child, figures, plan, session
@@ -102,7 +103,8 @@ class Answers:
         return self
 
     def ask(self, key: str, limit_secs: float) -> Any:
-        self.asked.append(key)
+        if key:
+            self.asked.append(key)
         answer = self.answers.get(key, {})
         if isinstance(answer, Exception):
             raise answer
@@ -131,6 +133,14 @@ def test_everything_is_done_once_and_failures_are_kept(
     assert plan.results(made.folder)[bad]["found"] == {}
 
 
+def test_a_worker_that_does_not_start_is_no_items_failure(made: Plan, with_gpu: None) -> None:
+    one = Answers({"": ItemError("its process ended with status 1: No module named 'numpy'")})
+    with pytest.raises(RuntimeError, match=r"does not work here.*'numpy'.*results/worker.log"):
+        session.run(made.folder, 1.0, child=one)
+    assert one.asked == []
+    assert plan.results(made.folder) == {}
+
+
 def test_another_gpu_is_refused(
     made: Plan, with_gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,6 +157,8 @@ def test_it_stops_in_time_and_goes_on(
 
     class Slow(Answers):
         def ask(self, key: str, limit_secs: float) -> Any:
+            if not key:
+                return ""
             clock[0] += min(25.0, limit_secs)
             if limit_secs < 25:  # its parent ends it
                 raise ItemError("no result")
@@ -221,7 +233,7 @@ import json, os, sys, time
 for key in map(str.strip, sys.stdin):
     print("some words", file=sys.stderr, flush=True)
     if key == "dies": os.kill(os.getpid(), 11)
-    if key == "hangs": time.sleep(60)
+    if key == "hangs": time.sleep(1000)
     if key == "breaks": print(json.dumps({"error": "bad", "broken": True}), flush=True)
     elif key == "fails": print(json.dumps({"error": "bad", "broken": False}), flush=True)
     else: print(json.dumps({"found": [key, os.getpid()]}), flush=True)
@@ -230,7 +242,7 @@ for key in map(str.strip, sys.stdin):
 
 @pytest.fixture
 def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(child, "START_SECS", 0.3)
+    monkeypatch.setattr(child, "START_SECS", LIMIT_SECS)
     one = Child([], tmp_path / "log")
     one._command = [sys.executable, "-c", WORKER]
     yield one
@@ -247,10 +259,10 @@ def real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 def test_a_bad_item_costs_no_other(real: Child, key: str, words: str, survives: bool) -> None:
-    _, process = real.ask("first", 20.0)
+    _, process = real.ask("first", LIMIT_SECS)
     with pytest.raises(ItemError, match=words):
-        real.ask(key, 0.5)
-    name, again = real.ask("next", 20.0)
+        real.ask(key, 0.3 if key == "hangs" else LIMIT_SECS)
+    name, again = real.ask("next", LIMIT_SECS)
     assert (name, again == process) == ("next", survives)
 
 

@@ -210,7 +210,8 @@ class CudaLayer:
 
     def was_captured(self) -> bool:
         """Whether a CUDA graph was captured with these weights, so that replays read them."""
-        return any(self.library.was_captured(pointwise) for _, pointwise, _ in self.there.values())
+        there = list(self.there.values())  # other threads may add to it
+        return any(self.library.was_captured(pointwise) for _, pointwise, _ in there)
 
     def _put(self, array: Array, index: int) -> Any:
         import tvm_ffi

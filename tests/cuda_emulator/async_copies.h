@@ -29,6 +29,11 @@ inline Copies& thread_copies() {
 }
 
 inline void copy_later(void* to, const void* from, int bytes, bool inside) {
+  for (auto end : {static_cast<const void*>(to), inside ? from : nullptr})
+    if (reinterpret_cast<uintptr_t>(end) % bytes) {
+      fail("cp.async of %d bytes from %p to %p, which are not aligned to that", bytes, from, to);
+      abandon();
+    }
   memset(to, 0xff, bytes);
   const char* source = inside ? static_cast<const char*>(from) : nullptr;
   thread_copies().groups.back().push_back({static_cast<char*>(to), source, bytes});

@@ -1,9 +1,12 @@
 // Enough of CUDA's runtime for a whole library on a CPU: device memory is malloc's, a launch runs in `cuda.h`'s
 // emulator before it returns, streams are names in a log. Faults and machines are set from outside, see `fake_cuda_set`.
+// While the driver of `build_driver` captures, a launch becomes part of its graph; a replay reports memory that was freed.
 // Not seen: what runs at the same time as what, and who waits for whom: tests read that from the log.
 #pragma once
 #include <cuda.h>
+#include <dlfcn.h>
 
+#include <chrono>
 #include <map>
 #include <mutex>
 #include <string>
@@ -18,6 +21,7 @@ enum cudaError_t {
   cudaErrorInvalidDevice = 101,
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorInvalidResourceHandle = 400,
+  cudaErrorIllegalAddress = 700,
   cudaErrorLaunchFailure = 719,
   cudaErrorStreamCaptureUnsupported = 900,
   cudaErrorStreamCaptureInvalidated = 901,
@@ -55,7 +59,14 @@ namespace fake_cuda {
 static const std::map<std::string, int64_t> usual = {{"devices", 2}, {"capability", 80}, {"driver", 13000},
     {"free_bytes", 1 << 30}, {"capturing", 0}, {"invalidated", 0}, {"launch_error", 0}, {"driver_error", 0}, {"no_image", 0}};
 static std::map<std::string, int64_t> settings = usual;
-static std::map<void*, std::pair<int, size_t>> memory;  // of which device, how many bytes
+struct Block {
+  int owner;  // a device; -1 is the host
+  size_t bytes;
+  unsigned number;  // of all that were ever allocated, from 1
+};
+static std::map<char*, Block> memory;
+constexpr int kDynamicBytes = 163 << 10;  // shared memory of a block of sm_80, for those who ask for it
+static std::map<std::pair<void*, int>, int> allowed;  // who asked, on which device
 static std::string log, failure;
 static std::recursive_mutex mutex;
 static thread_local int device;
@@ -80,8 +91,29 @@ void note(const char* format, Values... values) {
   log += '\n';
 }
 
+using Graph = std::vector<std::function<cudaError_t()>>;
+
+// Of the driver's library, which other libraries of the process find by its name: what is being captured, if anything.
+inline Graph* graph() {
+  void* driver = dlopen("libfake_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+  auto find = driver ? reinterpret_cast<Graph* (*)()>(dlsym(driver, "fake_cuda_graph")) : nullptr;
+  return find ? find() : nullptr;
+}
+
+// The block that an address lies in; 0 if it is not one of this library's.
+inline unsigned block_of(const char* address) {
+  auto next = memory.upper_bound(const_cast<char*>(address));
+  if (next == memory.begin() || address >= (--next)->first + next->second.bytes) return 0;
+  return next->second.number;
+}
+template <class Type>
+unsigned block_of(Type value) {
+  if constexpr (std::is_pointer_v<Type>) return block_of(reinterpret_cast<const char*>(value));
+  else return 0;
+}
+
 inline cudaError_t unsafe_while_capturing() {
-  if (!settings["capturing"] || capture_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
+  if ((!settings["capturing"] && !graph()) || capture_mode == cudaStreamCaptureModeRelaxed) return cudaSuccess;
   settings["invalidated"] = 1;
   return cudaErrorStreamCaptureUnsupported;
 }
@@ -94,7 +126,8 @@ inline cudaError_t allocate(void** pointer, size_t bytes, int owner) {
   *pointer = bytes ? aligned_alloc(256, (bytes + 255) / 256 * 256) : nullptr;
   if (bytes) {
     memset(*pointer, 0xff, bytes);  // NaN, until something is written
-    memory[*pointer] = {owner, bytes};
+    static unsigned number;
+    memory[static_cast<char*>(*pointer)] = {owner, bytes, ++number};
     settings["free_bytes"] -= bytes;
   }
   note("%s %d %zu", owner < 0 ? "pin" : "allocate", owner, bytes);
@@ -105,10 +138,11 @@ inline cudaError_t release(void* pointer) {
   std::lock_guard<std::recursive_mutex> guard(mutex);
   if (!pointer) return cudaSuccess;
   if (cudaError_t error = unsafe_while_capturing()) return result(error);
-  auto found = memory.find(pointer);
+  auto found = memory.find(static_cast<char*>(pointer));
   if (found == memory.end()) return result(cudaErrorInvalidValue);
-  settings["free_bytes"] += found->second.second;
-  note("%s %d %zu", found->second.first < 0 ? "unpin" : "free", found->second.first, found->second.second);
+  const Block block = found->second;
+  settings["free_bytes"] += block.bytes;
+  note("%s %d %zu", block.owner < 0 ? "unpin" : "free", block.owner, block.bytes);
   memory.erase(found);
   free(pointer);
   return cudaSuccess;
@@ -181,7 +215,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
     case cudaDevAttrComputeCapabilityMajor: *value = capability / 10; break;
     case cudaDevAttrComputeCapabilityMinor: *value = capability % 10; break;
     case cudaDevAttrMultiProcessorCount: *value = 108; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = 163 << 10; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = fake_cuda::kDynamicBytes; break;
   }
   return cudaSuccess;
 }
@@ -261,13 +295,25 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Function*) {
   return fake_cuda::result(fake_cuda::ready());
 }
 template <class Function>
-cudaError_t cudaFuncSetAttribute(Function*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Function* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > fake_cuda::kDynamicBytes) return fake_cuda::result(cudaErrorInvalidValue);
+  fake_cuda::allowed[{reinterpret_cast<void*>(kernel), fake_cuda::device}] = bytes;
   return fake_cuda::result(fake_cuda::ready());
 }
 template <class... Types>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Types...), Types... arguments) {
-  return fake_cuda::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes, config->stream,
-                           [=] { kernel(arguments...); });
+  const cudaLaunchConfig_t c = *config;
+  const auto allowed = fake_cuda::allowed.find({reinterpret_cast<void*>(kernel), fake_cuda::device});
+  if (int64_t(c.dynamicSmemBytes) > (allowed == fake_cuda::allowed.end() ? 48 << 10 : allowed->second))
+    return fake_cuda::result(cudaErrorInvalidValue);
+  auto launch = [=] { return fake_cuda::launch(c.gridDim, c.blockDim, c.dynamicSmemBytes, c.stream, [=] { kernel(arguments...); }); };
+  fake_cuda::Graph* const graph = fake_cuda::graph();
+  if (!graph) return launch();
+  const std::vector<unsigned> blocks{fake_cuda::block_of(arguments)...};
+  graph->push_back([=] {
+    return blocks == std::vector<unsigned>{fake_cuda::block_of(arguments)...} ? launch() : cudaErrorIllegalAddress;
+  });
+  return cudaSuccess;
 }
 
 // ---- for tests: what the machine is, and what was done ----------------------------------------
@@ -282,6 +328,7 @@ FOR_TESTS int cuDeviceGetCount(int* count) { return cudaGetDeviceCount(count), 0
 FOR_TESTS int cuDriverGetVersion(int* version) { return cudaDriverGetVersion(version); }
 FOR_TESTS int cuDeviceGetAttribute(int* value, int attribute, int device) {
   const int capability = int(fake_cuda::settings["capability"]);
+  if (attribute == 38) return *value = 1 << 12, 0;  // bytes of the last cache: a call or two pass through it
   *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
   return fake_cuda::settings["driver_error"] ? int(fake_cuda::settings["driver_error"]) : 0;
 }

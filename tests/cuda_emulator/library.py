@@ -28,11 +28,11 @@ def build_library(source: str, output: Path) -> None:
 
 
 def build_driver(output: Path) -> None:
-    """Compile what stands for libcuda.so.1: a machine with nothing on it."""
-    _compile("#include <cuda_runtime.h>\n", output)
+    """Compile what stands for libcuda.so.1, found by libraries under a name of its own."""
+    _compile("#include <driver.h>\n", output, "-Wl,-soname,libfake_cuda.so")
 
 
-def _compile(source: str, output: Path) -> None:
+def _compile(source: str, output: Path, *more: str) -> None:
     unit = output.with_name(f"{output.name}.cpp")
     unit.write_text(source)
     folders = (
@@ -40,7 +40,7 @@ def _compile(source: str, output: Path) -> None:
         tvm_ffi.libinfo.find_include_path(),
         tvm_ffi.libinfo.find_dlpack_include_path(),
     )
-    command = ["g++", *_FLAGS, *(f"-I{folder}" for folder in folders), "-shared", str(unit)]
+    command = ["g++", *_FLAGS, *(f"-I{folder}" for folder in folders), "-shared", str(unit), *more]
     done = subprocess.run([*command, "-o", str(output)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -87,7 +87,10 @@ class Gpu:
         return version.value
 
     def graph(self, launches: Sequence[Launch]) -> Launch:
-        """Capture what `launches` put on the stream; return what replays it, without waiting."""
+        """Capture what `launches` put on the stream; return what replays it, without waiting.
+
+        What it returns keeps the launches, and so the memory whose addresses are in the graph.
+        """
         graph, instance = c_void_p(), c_void_p()
         self._call("cuStreamBeginCapture_v2", self._stream, _THREAD_LOCAL)
         try:
@@ -99,11 +102,16 @@ class Gpu:
         self._call("cuStreamEndCapture", self._stream, byref(graph))
         self._call("cuGraphInstantiateWithFlags", byref(instance), graph, ctypes.c_ulonglong(0))
         self._call("cuGraphDestroy", graph)
-        return _Replay(lambda: self._call("cuGraphLaunch", instance, self._stream), instance, self)
+        return _Replay(instance, self, tuple(launches))
 
     def seconds(self, action: Launch) -> float:
-        """Time what `action` puts on the stream, from its start on the GPU to its end there."""
+        """Time what `action` puts on the stream, from its start on the GPU to its end there.
+
+        It is done twice. The first one warms caches and clocks, and keeps the GPU busy until the
+        second is there, else the time would be that from the processor's launch on.
+        """
         start, end = self._events
+        action()
         self._call("cuEventRecord", start, self._stream)
         action()
         self._call("cuEventRecord", end, self._stream)
@@ -132,11 +140,11 @@ class Gpu:
 class _Replay:
     """A graph, for as long as somebody may launch it."""
 
-    def __init__(self, launch: Launch, instance: c_void_p, gpu: Gpu) -> None:
-        self._launch, self._instance, self._gpu = launch, instance, gpu
+    def __init__(self, instance: c_void_p, gpu: Gpu, launches: tuple[Launch, ...]) -> None:
+        self._instance, self._gpu, self._launches = instance, gpu, launches
 
     def __call__(self) -> None:
-        self._launch()
+        self._gpu._call("cuGraphLaunch", self._instance, self._gpu._stream)
 
     def __del__(self) -> None:
         # A context that a kernel has broken refuses everything: there is nothing left to free.

@@ -9,23 +9,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tvm_sepconv
+from tvm_sepconv.bench.child import Child
 from tvm_sepconv.bench.contestants import CONTESTANTS, Contestant
 
 START_SECS, ANSWER_SECS = 180.0, 180.0  # how long a process may take before it is ended
 MOST_DEATHS = 2  # a contestant that died so often is not started again
 WORKER = ("-m", "tvm_sepconv.bench.worker")
-_LINE_CHARACTERS = 200  # of what a process said last
 
 # Every framework's own way of being told how many threads to use, before it is imported.
 _THREAD_VARIABLES = (
@@ -38,8 +34,8 @@ class ContestantError(RuntimeError):
     """A contestant that failed, in one line."""
 
 
-class Worker:
-    """A contestant's process, started when it is first asked and again after it died.
+class Worker(Child):
+    """A contestant's process.
 
     Parameters
     ----------
@@ -53,6 +49,8 @@ class Worker:
         A folder to import this package from; None where the Python has it installed.
     """
 
+    failure = ContestantError
+
     def __init__(
         self,
         contestant: Contestant,
@@ -61,15 +59,10 @@ class Worker:
         cpus: Sequence[int],
         path: Path | None,
     ) -> None:
-        self.contestant = contestant
-        self.folder = folder
-        self.threads = len(cpus)
-        self._log = folder / f"{contestant.key}.log"
-        names = ",".join(map(str, cpus))
-        self._command = [str(python), *WORKER, contestant.key, names]
-        self._variables = _variables(contestant, len(cpus), path)
-        self._process: subprocess.Popen[bytes] | None = None
-        self._received = b""
+        command = [str(python), *WORKER, contestant.key, ",".join(map(str, cpus))]
+        variables = _variables(contestant, len(cpus), path)
+        super().__init__(command, variables, folder / f"{contestant.key}.log", folder)
+        self.contestant, self.folder, self.threads = contestant, folder, len(cpus)
         self._deaths: list[str] = []
 
     def ask(self, op: str, **fields: Any) -> dict[str, Any]:
@@ -80,69 +73,16 @@ class Worker:
         ContestantError
             If the contestant says that it failed, died, or did not answer in time.
         """
-        limit_secs = ANSWER_SECS
-        if self._process is None:
-            if len(self._deaths) >= MOST_DEATHS:
-                raise ContestantError(f"given up after: {self._deaths[-1]}")
-            self._start()
-            limit_secs += START_SECS
-        assert self._process is not None and self._process.stdin is not None
+        if len(self._deaths) >= MOST_DEATHS:
+            raise ContestantError(f"given up after: {self._deaths[-1]}")
         try:
-            self._process.stdin.write(json.dumps({"op": op, **fields}).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._dead(op) from None
-        reply: dict[str, Any] = json.loads(self._line(op, limit_secs))
+            reply = self.exchange(json.dumps({"op": op, **fields}), ANSWER_SECS, START_SECS)
+        except ContestantError as error:
+            self._deaths.append(f"{op}: {error}")
+            raise ContestantError(self._deaths[-1]) from error
         if "error" in reply:
             raise ContestantError(reply["error"])
         return reply
-
-    def _start(self) -> None:
-        with open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-                env=self._variables, cwd=self.folder, start_new_session=True,
-            )  # fmt: skip
-        self._received = b""
-
-    def _line(self, op: str, limit_secs: float) -> bytes:
-        assert self._process is not None and self._process.stdout is not None
-        stream, end = self._process.stdout.fileno(), time.monotonic() + limit_secs
-        while b"\n" not in self._received:
-            if not select.select([stream], [], [], max(end - time.monotonic(), 0))[0]:
-                self.close()
-                self._deaths.append(f"no answer to {op!r} within {limit_secs:.0f} s, ended")
-                raise ContestantError(self._deaths[-1])
-            if not (received := os.read(stream, 1 << 16)):
-                raise self._dead(op)
-            self._received += received
-        line, _, self._received = self._received.partition(b"\n")
-        return line
-
-    def _dead(self, op: str) -> ContestantError:
-        assert self._process is not None
-        status = self._process.wait()
-        self.close()
-        how = f"status {status}"
-        if status < 0:
-            how = f"signal {signal.Signals(-status).name}"
-        lines = self._log.read_text(errors="replace").split("\n")
-        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-        self._deaths.append(f"its process ended with {how} at {op!r}: {last[:_LINE_CHARACTERS]}")
-        return ContestantError(self._deaths[-1])
-
-    def close(self) -> None:
-        """End the process and those it started."""
-        if self._process is None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):  # a request that it did not read
-                pipe.close()
-        self._process = None
 
 
 def _variables(contestant: Contestant, threads: int, path: Path | None) -> dict[str, str]:

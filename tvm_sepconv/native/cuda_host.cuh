@@ -196,7 +196,8 @@ inline bool is_compact(const DLTensor& t) {
   return true;
 }
 
-inline void check_weight(const DLTensor& t, const char* name, DLDataType dtype, const int64_t* shape,
+// What TVM's functions take: they know no byte offsets.
+inline void check_weight(DLTensor& t, const char* name, DLDataType dtype, const int64_t* shape,
                          int ndim, int index) {
   check_tensor(t, name, dtype, ndim, index);
   DLTensor expected = t;
@@ -208,6 +209,7 @@ inline void check_weight(const DLTensor& t, const char* name, DLDataType dtype, 
   if (reinterpret_cast<uintptr_t>(data(t)) % kAlignment)
     TVM_FFI_THROW(ValueError) << "The `" << name << "` argument must be aligned to " << kAlignment
                               << " bytes; copy it to memory of its own";
+  t.data = data(t), t.byte_offset = 0;
 }
 
 // Elements from the first to the last of `batch` samples, both included; 0 if there are none.
@@ -264,7 +266,10 @@ class Captured {
  public:
   void note(const void* weights, cudaStream_t stream) {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-    if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) cudaGetLastError();  // launching will say it
+    if (cudaStreamIsCapturing(stream, &status) != cudaSuccess) {
+      cudaGetLastError();  // launching will say it
+      return;
+    }
     if (status != cudaStreamCaptureStatusActive) return;
     std::lock_guard<std::mutex> guard(mutex_);
     weights_.insert(weights);
@@ -402,6 +407,7 @@ inline void run(DLTensor* x_given, DLTensor* depthwise, DLTensor* pointwise,
   const bool aligned = l.can_align && is_aligned(x) && is_aligned(out) &&
                        (!l.channels_first || out_steps * l.dtype.bits / 8 % kAlignment == 0);
   call.left = static_cast<int32_t>(left);
+  On here(index);  // lest asking for the stream begins a context on another GPU
   captured().note(data(call.pointwise), stream_of(index));
   for (int64_t first = 0; first < batch; first += most) {
     const int64_t count = std::min(most, batch - first);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tvm_sepconv.compiler.gpu_session.plan import Library, Plan
+from tvm_sepconv.compiler.gpu_session.plan import DEFAULT, Library, Plan
 from tvm_sepconv.compiler.tuning import cuda_measure, measure
 from tvm_sepconv.compiler.tuning.cuda_measure import Clock, Loaded
 from tvm_sepconv.config import SepConvConfig
@@ -103,6 +104,10 @@ class Bench:
         """What times launches."""
         return self._clock or cuda_measure.gpu()
 
+    def name(self) -> str:
+        """What the GPU is called."""
+        return str(getattr(self.clock, "name", ""))
+
     def on_stream(self) -> AbstractContextManager[Any]:
         """Make the clock's stream tvm-ffi's."""
         return cuda_measure.on_stream(self.clock)
@@ -121,6 +126,11 @@ class Bench:
         return Loaded(path, problem.config, problem.weights, self.clock)
 
     def problem(self, library: Library, batch: int, steps: int) -> Problem:
-        """A problem that a library solves."""
-        unit = cuda_measure.UNITS[library.precision]
-        return Problem.drawn(library.config, library.kernel, batch, steps, unit)
+        """A problem that a library solves; the same one for all libraries of a layer."""
+        return _problem(library.layer, library.precision, library.data_format, batch, steps)
+
+
+@functools.lru_cache(maxsize=4)  # a candidate's sizes: the next one is asked the same
+def _problem(layer: str, precision: str, data_format: str, batch: int, steps: int) -> Problem:
+    one = Library("", layer, precision, DEFAULT, data_format=data_format)
+    return Problem.drawn(one.config, one.kernel, batch, steps, cuda_measure.UNITS[precision])

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-import tvm_sepconv
 from tvm_sepconv import workloads
-from tvm_sepconv.compiler.gpu_session import peers
+from tvm_sepconv.compiler.gpu_session import frameworks, peers
 from tvm_sepconv.compiler.gpu_session.bench import Bench, Problem
 from tvm_sepconv.compiler.gpu_session.plan import DEFAULT, TWO_KERNELS, Item, Library
 from tvm_sepconv.compiler.tuning.cuda_measure import Timer, alternated
@@ -23,7 +22,6 @@ OURS = "tvm_sepconv"
 SIZES = ((2, 37), (1, 331), (33, 5), (1, 1))
 COPY_BYTES = 1 << 30
 CALLS = 2000
-BUNDLE = "MB-1"
 _PEER_SLACK = 4.0  # frameworks round the intermediate and more
 
 
@@ -101,7 +99,7 @@ def rest(bench: Bench, item: Item) -> dict[str, Any]:
         "matrix products": _products,
         "call overhead": _overhead,
     }[item.what](bench)
-    return {**found, "machine": getattr(bench.clock, "name", "")}
+    return {**found, "machine": bench.name()}
 
 
 def _bandwidth(bench: Bench) -> dict[str, Any]:
@@ -121,8 +119,8 @@ def _overhead(bench: Bench) -> dict[str, Any]:
     """What a call takes from Python with torch's tensors, when the GPU is not waited for."""
     import torch
 
-    layer: Any = tvm_sepconv.load(bench.plan.folder / f"{BUNDLE}.sepconv", device="cuda")
-    channels = workloads.workloads()[BUNDLE].channels
+    layer = frameworks.load(bench)
+    channels = workloads.workloads()[frameworks.BUNDLE].channels
     x = torch.randn(1, 16, channels, device="cuda")
     out = layer(x)
     calls = {"new": partial(layer, x), "out": partial(layer, x, out=out)}

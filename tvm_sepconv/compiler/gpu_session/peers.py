@@ -80,7 +80,7 @@ class TorchGraphs:
             for launch in launches:
                 launch()
 
-        def replay() -> None:
+        def replay(_: Sequence[Launch] = tuple(launches)) -> None:  # whose inputs it reads
             with torch.cuda.stream(self._stream):
                 graph.replay()
 
@@ -163,6 +163,7 @@ def _jax(problem: Problem, precision: str, clock: Clock) -> Peer:
         jax.block_until_ready(program(copies))
 
         def seconds() -> float:
+            jax.block_until_ready(program(copies))
             start = time.perf_counter()
             jax.block_until_ready(program(copies))
             return (time.perf_counter() - start) / len(copies)
@@ -182,18 +183,20 @@ def unaligned(loaded: Loaded, problem: Problem) -> Array:
     """Our output for tensors that begin one element off: a slice's, which no wide move can read."""
     import torch
 
+    # As whole numbers, because torch takes no bfloat16 from NumPy and gives none back.
+    whole = np.dtype(f"i{problem.x.itemsize}")
+    number, dtype = (getattr(torch, name) for name in (whole.name, problem.x.dtype.name))
+
     def off(values: Any) -> Any:
-        flat = torch.empty(values.numel() + 1, dtype=values.dtype, device="cuda")
+        flat = torch.empty(values.numel() + 1, dtype=dtype, device=DEVICE)
         part = flat[1:].view(values.shape)
         part.copy_(values)
         return part
 
-    x = off(torch.from_numpy(problem.x))
-    out = off(torch.full(problem.out_shape, float("nan"), dtype=x.dtype))
-    torch.cuda.synchronize()
-    loaded.launch(x, out)()
-    torch.cuda.synchronize()
-    return np.asarray(out.cpu().numpy())
+    x = off(torch.from_numpy(problem.x.view(whole)).view(dtype))
+    out = off(torch.full(problem.out_shape, float("nan"), dtype=dtype))
+    loaded.launch(x, out)()  # on torch's current stream
+    return np.asarray(out.view(number).cpu().numpy().view(problem.x.dtype))
 
 
 def matrix_products(clock: Clock) -> dict[str, float]:

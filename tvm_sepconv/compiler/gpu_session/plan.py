@@ -17,7 +17,7 @@ from tvm_sepconv.bench.report import NOT_OF_THE_20
 from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.kernel_config import KernelConfig
 
-STEPS = ("correctness", "comparison", "tuning", "compilers", "rest")
+STEPS = ("correctness", "frameworks", "rest", "comparison", "tuning", "compilers")
 PRECISIONS = ("float32", "tf32", "float16")
 BATCHES = (1, 32)
 NAMED = ("QN-B1", "QN-B5", "CN-21", "MB-1", "TN-15", "CT-d128")
@@ -26,6 +26,7 @@ LARGE = (("QN-B1", 32, 1024),)
 DEFAULT, TWO_KERNELS, CANDIDATE, FORM = "default", "two kernels", "candidate", "form"
 FINALISTS = "finalists"  # of tuning, in turns
 COMPILERS = ("torch.compile", "JAX")
+FRAMEWORKS = ("arrays", "PyTorch", "CuPy", "JAX")
 REST = ("bandwidth", "matrix products", "call overhead")
 MANIFEST, RESULTS, LIBRARIES = "manifest.json", "results.jsonl", "libraries.tar.xz"
 
@@ -89,7 +90,7 @@ class Item:
     Parameters
     ----------
     what
-        A library's name; of a comparison the layer's; of the rest one of `REST`.
+        A library's name; of a comparison the layer's; else one of `FRAMEWORKS` or `REST`.
     precision, batch, steps
         Of what is compared or tuned.
     contestants
@@ -117,6 +118,10 @@ def items(libraries: Iterable[Library]) -> Iterator[Item]:
     for library in every:
         if library.kind != CANDIDATE:
             yield Item("correctness", library.name)
+    for what in FRAMEWORKS:
+        yield Item("frameworks", what)
+    for what in REST:  # what the GPU can do: seconds, and every other figure is compared with it
+        yield Item("rest", what)
     shipped = {(one.layer, one.precision) for one in every if one.kind == DEFAULT}
     for layer, batch, steps in _sizes():
         for precision in PRECISIONS:
@@ -138,8 +143,6 @@ def items(libraries: Iterable[Library]) -> Iterator[Item]:
                 if (layer, precision) in shipped:
                     for name in COMPILERS:
                         yield Item("compilers", layer, precision, batch, steps, name)
-    for what in REST:
-        yield Item("rest", what)
 
 
 def _sizes() -> Iterator[tuple[str, int, int]]:

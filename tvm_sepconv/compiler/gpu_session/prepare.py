@@ -25,7 +25,7 @@ from typing import Any
 import tvm_sepconv
 from tvm_sepconv import jit, workloads
 from tvm_sepconv.compiler.gpu_session import plan
-from tvm_sepconv.compiler.gpu_session.cells import BUNDLE
+from tvm_sepconv.compiler.gpu_session.frameworks import BUNDLE
 from tvm_sepconv.compiler.gpu_session.plan import (
     CANDIDATE,
     DEFAULT,

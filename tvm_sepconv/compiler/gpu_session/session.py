@@ -17,7 +17,7 @@ from tvm_sepconv.compiler.gpu_session.plan import LIBRARIES, MANIFEST, RESULTS, 
 
 MINUTES = 8.0  # of one run
 AGAIN = 75  # the exit status while something is left to do
-LIMIT_SECS = {"compilers": 150.0}
+LIMIT_SECS = {"correctness": 30.0, "compilers": 150.0}  # a kernel that hangs costs all of it
 USUAL_LIMIT_SECS = 60.0
 
 
@@ -45,7 +45,7 @@ def run(
     FileNotFoundError
         If the folder was not prepared.
     RuntimeError
-        If no GPU can be used here.
+        If no GPU can be used here, or the process that measures does not start.
     ValueError
         For no time at all.
     """
@@ -73,13 +73,24 @@ def run(
     for step in dict.fromkeys(item.step for item in left):
         todo = [item for item in left if item.step == step]
         show(f"{step}: {len(todo)} to do")
-        with closing(child([str(folder), step], log)) as one:
+        with closing(child([str(folder.absolute()), step], log)) as one:
+            _greet(one, log)
             for number, item in enumerate(todo, 1):
                 if not _do(one, item, folder, end - time.monotonic()):
                     show(f"Time is over, {len(todo) - number + 1} of {step} are left: run it again")
                     return AGAIN
                 _tell(number, todo, show)
     return 0
+
+
+def _greet(child: Child, log: Path) -> None:
+    """Have the worker start, lest what is wrong with the machine becomes every item's failure."""
+    try:
+        child.ask("", USUAL_LIMIT_SECS)
+    except ItemError as error:
+        raise RuntimeError(
+            f"The process that measures does not work here: {error}. What it said is in {log}"
+        ) from error
 
 
 def unpack(folder: Path) -> None:

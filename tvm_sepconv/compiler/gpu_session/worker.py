@@ -1,21 +1,24 @@
 """Do items of a prepared folder: ``python -m tvm_sepconv.compiler.gpu_session.worker FOLDER STEP``.
 
 It reads an item's key from the standard input and answers with a line of JSON on the standard
-output, ``{"found": …}`` or ``{"error": one line, "broken": whether the GPU's context is}``; what
-frameworks print goes to the standard error stream. No TVM is needed.
+output, ``{"found": …}`` or ``{"error": one line, "broken": whether the GPU's context is}``; an
+empty key asks for the GPU's name. What frameworks print goes to the standard error stream. No TVM
+is needed.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tvm_sepconv.compiler.gpu_session import cells, tuning
+from tvm_sepconv.compiler.gpu_session import cells, frameworks, tuning
 from tvm_sepconv.compiler.gpu_session.bench import Bench
 from tvm_sepconv.compiler.gpu_session.plan import Item, Plan
 
@@ -23,6 +26,7 @@ _CHARACTERS = 300  # frameworks' messages can be pages; their beginning says wha
 
 STEPS: dict[str, Callable[[Bench, Item], Any]] = {
     "correctness": cells.correctness,
+    "frameworks": frameworks.check,
     "comparison": cells.comparison,
     "tuning": tuning.tune,
     "compilers": cells.comparison,
@@ -35,18 +39,20 @@ def main(arguments: Sequence[str]) -> int:
     folder, step = arguments
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    gc.freeze()  # PyTorch collects garbage before every capture: what is imported is none
     bench = Bench(Plan.load(Path(folder)))
     items = {item.key: item for item in bench.plan.items()}
     for key in map(str.strip, sys.stdin):
-        print(json.dumps(answer(bench, STEPS[step], items[key])), file=answers, flush=True)
+        do = partial(STEPS[step], bench, items[key]) if key else bench.name
+        print(json.dumps(answer(bench, do)), file=answers, flush=True)
     return 0
 
 
-def answer(bench: Bench, do: Callable[[Bench, Item], Any], item: Item) -> dict[str, Any]:
+def answer(bench: Bench, do: Callable[[], Any]) -> dict[str, Any]:
     """Do an item; what goes wrong is the answer, too."""
     try:
         with bench.on_stream():
-            return {"found": do(bench, item)}
+            return {"found": do()}
     except Exception as error:  # of any kind: it is the item's
         traceback.print_exc()
         words = " ".join(f"{type(error).__name__}: {error}".split())[:_CHARACTERS]

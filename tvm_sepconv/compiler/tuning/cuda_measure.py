@@ -48,7 +48,7 @@ class Clock(Protocol):
         """Return what launches all of them, without waiting."""
 
     def seconds(self, action: Launch) -> float:
-        """Time what `action` launches."""
+        """Time what `action` launches, the second time of two."""
 
     def synchronize(self) -> None:
         """Wait for all of it."""
@@ -175,11 +175,10 @@ class Timer:
 
 
 def alternated(timers: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
-    """Take samples in turns; each is warmed by one that does not count."""
+    """Take samples in turns; timers warm up by themselves."""
     samples: list[list[float]] = [[] for _ in timers]
     for _ in range(rounds):
         for timer, times in zip(timers, samples, strict=True):
-            timer()
             times.append(timer())
     return samples
 
