@@ -54,6 +54,11 @@ def winner(samples: Sequence[Sequence[float]]) -> int:
     return best if ratio + 1.57 * (high - low) / table.shape[1] ** 0.5 < 1 else 0
 
 
+def not_beaten(samples: Sequence[Sequence[float]]) -> list[int]:
+    """Which of alternated samples the first, the default's, is not faster than beyond chance."""
+    return [n for n, own in enumerate(samples) if n == 0 or winner([own, samples[0]]) == 0]
+
+
 def record_of(
     search: Mapping[str, Any], samples: Sequence[float], default: Sequence[float], trials: int
 ) -> Record:

@@ -24,7 +24,7 @@ from tvm_sepconv.compiler.tuning.records import MODEL_HZ
 
 NAME = "history.jsonl"
 VERSION = 1
-OWN_SPACE, DEFAULT_SPACE = "tvm_sepconv", "metaschedule"
+OWN_SPACE = "tvm_sepconv"
 _CYCLES = {"secs": "cycles", "default_secs": "default_cycles", "best_secs": "best_cycles"}
 
 

@@ -312,9 +312,7 @@ def survivors(lines: Iterable[Line]) -> dict[tuple[Any, ...], Record]:
 
 def kernel_name(config: KernelConfig) -> str:
     """Name a kernel for people: its id in the workload table, if it is there, and its shape."""
-    words = [f"{config.channels}→{config.filters}", f"k{config.kernel_size}"]
-    rare = {"s": config.strides, "d": config.dilation_rate, "m": config.depth_multiplier}
-    words += [f"{letter}{n}" for letter, n in rare.items() if n > 1]
+    words = [config.sizes]
     if known := workload_id(config):
         words.insert(0, known)
     else:

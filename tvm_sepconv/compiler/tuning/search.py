@@ -179,14 +179,19 @@ class Search:
         context.pre_tuning(proposals, BATCH, context.generate_design_space(), database, model)
         return context
 
-    def alternate(self, tilings: Sequence[Tiling], rounds: int) -> list[list[float]]:
-        """Measure candidates in turns; a runner's errors pass through."""
+    def alternate(
+        self, tilings: Sequence[Tiling], rounds: int, task: Path | None = None
+    ) -> list[list[float]]:
+        """Measure candidates in turns, on another `task` if one is given.
+
+        A runner's errors pass through.
+        """
         self._phase("comparing")
         absent = [t for t in tilings if not builder.library(self.folder, t).is_file()]
         for artifact in self._build([self.space.module(t) for t in absent]):
             if artifact.error_msg:  # it was built before: the machine is short of something
                 raise RuntimeError(str(artifact.error_msg))
-        return self._apart(self._sample, tilings, rounds)
+        return self._apart(self._sample, tilings, rounds, task)
 
     def _measured(
         self, candidates: Candidates, target: tvm.target.Target
@@ -247,10 +252,12 @@ class Search:
         """Whether a build that failed is no trial."""
         return False
 
-    def _sample(self, tilings: Sequence[Tiling], rounds: int = SAMPLES) -> list[list[float]]:
+    def _sample(
+        self, tilings: Sequence[Tiling], rounds: int = SAMPLES, task: Path | None = None
+    ) -> list[list[float]]:
         assert self.runner is not None
         libraries = [str(builder.library(self.folder, tiling)) for tiling in tilings]
-        return self.runner.measure(self.task, libraries, rounds)
+        return self.runner.measure(task or self.task, libraries, rounds)
 
     def _build(self, modules: Sequence[tvm.IRModule]) -> list[ms.builder.BuilderResult]:
         if not modules:

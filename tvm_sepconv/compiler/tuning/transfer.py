@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import tempfile
 from contextlib import closing
@@ -11,7 +10,7 @@ from typing import Any
 
 from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.targets import cpu
-from tvm_sepconv.compiler.tuning import logs, measure
+from tvm_sepconv.compiler.tuning import finalists, logs, measure
 from tvm_sepconv.compiler.tuning.records import Record, kernel_name, tiling_of
 from tvm_sepconv.compiler.tuning.runner import here
 
@@ -61,7 +60,7 @@ def measure_record(record: Record, path: Path) -> None:
         "samples": dict(zip(tilings, samples, strict=True)),
         "source": source,
         "batch": record.batch, "steps": record.steps, "machine": machine,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": finalists.now(),
         "record_date": record.date,
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)

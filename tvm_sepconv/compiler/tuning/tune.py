@@ -24,6 +24,7 @@ from tvm_sepconv.compiler.targets import CpuTarget
 from tvm_sepconv.compiler.tuning import history, logs, measure
 from tvm_sepconv.compiler.tuning.finalists import (
     finalists,
+    not_beaten,
     now,
     record_of,
     settled,
@@ -38,6 +39,7 @@ from tvm_sepconv.compiler.tuning.space import Space
 from tvm_sepconv.config import KernelConfig
 
 FINAL_SAMPLES = 41
+LONGER = 4  # times the steps: a record serves every length, so it may not lose on a longer input
 REPLAY = "replay.jsonl"  # beside the history: that may be the one which is replayed
 _SAME = ("config", "target", "batch", "steps", "threads", "space")
 _DATABASE = ("database_workload.json", "database_tuning_record.json")
@@ -92,7 +94,7 @@ def tune(
 
     The default is the first candidate, the decisions in use are another, and all that might be
     recorded are measured in alternation at the end: the record is the default's unless another is
-    faster beyond chance.
+    faster beyond chance, and on a CPU not slower than it on an input four times as long.
 
     Parameters
     ----------
@@ -225,11 +227,13 @@ def _search(
             search.run(first, header["seed"])
             best = finalists(known, search.trials)
             samples = settled(partial(search.alternate, best, FINAL_SAMPLES))
+            won = winner(samples)
+            if won and isinstance(space, Space) and not header["modelled"]:
+                won = _anywhere(search, best, samples, header)
         except RunnerError as error:
             raise RunnerError(
                 f"{error} {progress.trials} trials are kept in {writer.path}: go on with --resume"
             ) from error
-        won = winner(samples)
         values = {**header, "variant": space.variant, "decisions": best[won].to_dict()}
         record = record_of(values, samples[won], samples[0], progress.trials)
         path = None
@@ -249,6 +253,17 @@ def _search(
         progress, writer.path, record.default_secs, record.median_secs, record.noise,
         record.decisions, record, path,
     )  # fmt: skip
+
+
+def _anywhere(
+    search: Search, best: Sequence[Any], samples: Sequence[Sequence[float]],
+    header: Mapping[str, Any],
+) -> int:  # fmt: skip
+    """Which of `best` wins among those that the default does not beat on a longer input."""
+    longer = search.folder / "longer.npz"
+    search.space.write_task(longer, header["batch"], LONGER * header["steps"])
+    fit = not_beaten(settled(partial(search.alternate, best, FINAL_SAMPLES, longer)))
+    return fit[winner([samples[n] for n in fit])]
 
 
 def _default_space(
