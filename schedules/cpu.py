@@ -23,8 +23,17 @@ channels_first: store whole        no predicate, no copy of the   MB-1 65 to 79 
 vectors, the last one overlapping  output                         90 %, QN-C1 67 to 72 %
 channels_first with strides: no   the compiler's gathers need    CN-1d 74 to 83 %
 bounds tested in the inner tiles   no masks
-channels_first, 16 taps and more   a load that crosses a line     QN-B1 85, not 96 %: that is the
-                                   takes two turns                bound; registers can't shift
+channels_first, many taps: those   a load that crosses a line     QN-B5 - 7 % of the time, QN-B1
+a vector apart at a time           takes two turns: 16 of them    - 4 %, QN-C2 - 6 %, MB-e
+(``taps_sharing``)                 for 40 products, not 40        - 10 %; AVX2 - 5, - 5, - 4, - 7 %
+… 2 or 4 taps at most, not 8       fewer registers                QN-B5 - 4 %; AVX2 + 6, - 4 %
+… where only 2 of 33 taps share    fewer loads                    QN-C1 + 2 %: not below 1.5 times
+                                                                  that distance
+sums in scope "global", not        no stores of dead sums         SSE4.2 - 2 % (SWW-2 - 9 %, SEED
+"local"                                                           - 13 %), AVX-512 SEED, EEG-SSVEP
+                                                                  - 4 to - 8 %; others the same
+… and ``local_sums`` on AVX2       no cleared scratch             QN-B1, MB-1, MB-e + 3 to + 4 %
+                                                                  of the time; not kept
 depthwise sums in local variables  no dead stores of their zeros  channels_first: QA-7 84 to
 (``local_sums``), 32 registers                                    90 %, QN-C1 76 to 79 %, SWW-2
                                                                   50 to 58 %, rows counted anew

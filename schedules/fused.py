@@ -13,6 +13,9 @@ input where it lies (the decision ``in_place``).
 Nothing between the stages goes further than the second-level cache, and only the last stage knows
 that the last tile may be ragged: the hot loops carry no predicate. In channels_first not even that
 one does: whole vectors of steps are stored, and a form of its own serves less than a vector.
+
+Register tiles are buffers of the scope "global": below 1 KiB TVM keeps those on the stack, where
+LLVM takes them apart into registers. "local" ones become workspace, whose last values are stored.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def fuse(
 def _fuse_last(
     sch: Schedule, config: KernelConfig, unit: VectorUnit, tiling: Tiling, interior: bool
 ) -> None:
-    lanes, registers = unit.lanes(config.accumulation_dtype), _registers(unit)
+    lanes = unit.lanes(config.accumulation_dtype)
     depthwise, pointwise, activation, output = _stages(sch)
     rows, vectors = tiling.register_tile
     batch, step, filter_ = sch.get_loops(output)
@@ -52,7 +55,6 @@ def _fuse_last(
         sch.compute_at(activation, block, preserve_unit_loops=True)
         unroll(sch, sch.get_loops(activation)[-3:-1], sch.get_loops(activation)[-1])
     sch.compute_at(pointwise, block, preserve_unit_loops=True)
-    sch.set_scope(pointwise, 0, registers)
     stage = sch.get_sblock("spread") if unit.spreads(config) else depthwise
     sch.compute_at(stage, tile, preserve_unit_loops=True)
     *_, row, panel, lane, multiplier, channel = sch.get_loops(pointwise)
@@ -70,7 +72,7 @@ def _fuse_last(
     if unit.spreads(config):
         channels = _spread_last(sch, stage, depthwise, lanes, tiling, together)
     else:
-        channels = depthwise_last(sch, depthwise, lanes, tiling, together, taps, registers)
+        channels = depthwise_last(sch, depthwise, lanes, tiling, together, taps)
     if interior:
         return
     pad = sch.get_sblock("pad")
@@ -86,7 +88,6 @@ def depthwise_last(
     tiling: Tiling,
     together: int,
     taps: int = 1,
-    registers: str = "local",
 ) -> LoopRV:
     """Returns the loop over channel blocks, `together` vectors of channels each.
 
@@ -102,7 +103,7 @@ def depthwise_last(
     outer, groups, vector, lane = sch.split(channel, factors, disable_predication=True)
     sch.reorder(outer, blocks, multiplier, groups, tap, *few, row, vector, lane)
     if tiling.local_sums:
-        sums_apart(sch, block, groups, [row, vector], registers)
+        sums_apart(sch, block, groups, [row, vector])
     accumulate(sch, block, tap, [row, vector], lane)
     for loop in few:
         sch.unroll(loop)
@@ -120,7 +121,6 @@ def _spread_last(
     outer, groups, vector, lane = sch.split(channel, factors, disable_predication=True)
     sch.reorder(outer, blocks, multiplier, groups, row, vector, lane, copy)
     sch.compute_at(depthwise, groups, preserve_unit_loops=True)
-    sch.set_scope(depthwise, 0, "local")
     *_, sums, _, channel, tap = sch.get_loops(depthwise)
     column, sum_lane = sch.split(channel, [vectors, lanes])
     sch.reorder(tap, sums, column, sum_lane)
@@ -132,7 +132,7 @@ def _spread_last(
 def _fuse_first(
     sch: Schedule, config: KernelConfig, unit: VectorUnit, tiling: Tiling, interior: bool
 ) -> None:
-    lanes, registers = unit.lanes(config.accumulation_dtype), _registers(unit)
+    lanes = unit.lanes(config.accumulation_dtype)
     depthwise, pointwise, activation, output = _stages(sch)
     rows, vectors = tiling.register_tile
     batch, filter_, step, *inner = sch.get_loops(output)
@@ -150,7 +150,6 @@ def _fuse_first(
     if not ragged:
         unroll(sch, [row, vector], *inner)
     sch.compute_at(pointwise, column, preserve_unit_loops=True)
-    sch.set_scope(pointwise, 0, registers)
     sch.compute_at(depthwise, tile, preserve_unit_loops=True)
     *_, panel, row, vector, lane, multiplier, channel = sch.get_loops(pointwise)
     sch.reorder(multiplier, channel, panel, row, vector, lane)
@@ -163,12 +162,14 @@ def _fuse_first(
     together = config.channels if in_place else tiling.channel_block
     blocks, groups, row = sch.split(channel, [None, together // channels, channels])
     columns, vector = sch.split(step, [None, vectors])
-    sch.reorder(blocks, multiplier, groups, columns, tap, row, vector, lane)
+    outer, few, tap = sch.split(tap, [None, *taps_sharing(config, unit)])
+    sch.reorder(blocks, multiplier, groups, columns, outer, tap, row, few, vector, lane)
     if unit.by_lane and channels > 1:
         load_lanes(sch, depthwise, 1, tap)
     if tiling.local_sums:
-        sums_apart(sch, depthwise, columns, [row, vector], registers)
-    accumulate(sch, depthwise, tap, [row, vector], lane)
+        sums_apart(sch, depthwise, columns, [row, vector])
+    accumulate(sch, depthwise, outer, [row, vector], lane)
+    sch.unroll(few)
     if not in_place:
         pad = sch.get_sblock("pad")
         sch.compute_at(pad, blocks, preserve_unit_loops=True)
@@ -209,17 +210,24 @@ def taps_together(config: KernelConfig) -> int:
     return next((n for n in (3, 4, 5, 2) if config.kernel_size % n == 0), 1)
 
 
-def _registers(unit: VectorUnit) -> str:
-    # What is "global" and small TVM keeps on the stack, where LLVM takes it apart into registers.
-    # "local" buffers are workspace: registers too, but their last values are stored.
-    return "global" if unit.by_lane else "local"
+def taps_sharing(config: KernelConfig, unit: VectorUnit) -> tuple[int, int]:
+    """How many taps of channels_first to unroll, and how far they are from each other.
+
+    So far that their inputs are one vector of steps apart: what a tap loads for one vector of sums,
+    the next one takes for the vector before. It pays where most loads cross a line of the cache,
+    which takes two turns, and not for the sake of one or two taps.
+    """
+    steps = unit.lanes(config.accumulation_dtype) * config.strides
+    apart = steps // config.dilation_rate
+    if unit.bytes < 32 or steps % config.dilation_rate or 2 * config.kernel_size < 3 * apart:
+        return 1, 1
+    number = -(-config.kernel_size // apart)
+    return -(-number // -(-number // 8)), apart  # more than 8 would want registers
 
 
-def sums_apart(
-    sch: Schedule, block: SBlockRV, outside: LoopRV, tile: list[LoopRV], registers: str
-) -> None:
+def sums_apart(sch: Schedule, block: SBlockRV, outside: LoopRV, tile: list[LoopRV]) -> None:
     """Sum in variables of their own, and store a whole register tile once a turn of `outside`."""
-    store = sch.cache_write(block, 0, registers)
+    store = sch.cache_write(block, 0, "global")
     sch.reverse_compute_at(store, outside, preserve_unit_loops=True)
     *_, lane = loops = sch.get_loops(store)
     unroll(sch, loops[-len(tile) - 1 : -1], lane)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import assembly
 from assembly import Loop, Work
 from tvm_sepconv.compiler.schedules.cpu import Tiling, VectorUnit
+from tvm_sepconv.compiler.schedules.fused import taps_sharing
 
 from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.targets import cpu
@@ -71,9 +72,19 @@ class Kernel:
             width, step, broadcasts = block, config.strides, 0
         else:  # phases of the stride lie one behind the other
             width, step, broadcasts = vectors, lanes * config.strides, block
-        taps = range(0, config.effective_kernel, config.dilation_rate)
-        offsets = tuple(tuple(row * step + tap for row in range(width)) for tap in taps)
+        number, apart = self.taps_sharing
+        order = sorted(range(config.kernel_size), key=lambda t: (t // apart // number, t % apart))
+        offsets = tuple(
+            tuple(row * step + tap * config.dilation_rate for row in range(width)) for tap in order
+        )
         return Stage(block, vectors, config.kernel_size, broadcasts, offsets)
+
+    @property
+    def taps_sharing(self) -> tuple[int, int]:
+        """How many taps one turn takes at least, and how far they are from each other."""
+        if self.config.data_format == "channels_last":
+            return 1, self.config.kernel_size
+        return taps_sharing(self.config, self.unit)
 
     def steps(self, stage: Stage, found: Work) -> int | None:
         """Steps of `stage` in one turn of a loop that does nothing else; None if it does more."""
@@ -81,13 +92,20 @@ class Kernel:
             return None
         ((length, carried), sums) = next(iter(found.chains.items()))
         if not carried:
-            return sums // stage.sums * length if self._whole(stage, length, sums) else None
+            whole = self._whole(stage, length, sums) or self._first_turn(stage, length, sums)
+            return sums // stage.sums * length if whole else None
         right = (sums, found.broadcasts) == (stage.sums, length * stage.broadcasts)
         return length if right else None
 
     def _whole(self, stage: Stage, length: int, sums: int) -> bool:
         """Whether these are sums over all taps or channels, in whole tiles."""
         return length == stage.extent and sums % stage.sums == 0
+
+    def _first_turn(self, stage: Stage, length: int, sums: int) -> bool:
+        """Whether this is a turn by itself, for it alone has the last of the taps that share."""
+        number, apart = self.taps_sharing
+        peeled = number > 1 and stage == self.depthwise and self.config.kernel_size % apart == 1
+        return peeled and length == number and sums % stage.sums == 0
 
     def stage_of(self, found: Work) -> Stage | None:
         """The stage that is all a loop does."""
@@ -144,8 +162,11 @@ class Hot:
         # A product of SSE overwrites an operand: loading that again is as good as having copied
         # it. In channels_first taps share inputs only where they are whole vectors apart.
         last = self.kernel.config.data_format == "channels_last"
-        shared = self.kernel.unit.broadcasts and last
-        return self.tiles * self.stage.loads(self.length, shared)
+        number, apart = self.kernel.taps_sharing
+        shared = self.kernel.unit.broadcasts and (last or number > 1)
+        # What some turns only have, the last tap of the sharing ones, loads for itself.
+        ragged = number > 1 and self.kernel.config.kernel_size % apart and not self.is_pointwise
+        return self.tiles * self.stage.loads(self.length, shared) + (self.blocks - 1) * bool(ragged)
 
     @property
     def stores(self) -> int:

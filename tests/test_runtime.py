@@ -64,7 +64,7 @@ def python(code: str, **environment: str) -> str:
     variables = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
-        env=variables, capture_output=True, text=True, timeout=120,
+        env=variables, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout.strip()
@@ -208,6 +208,43 @@ def test_few_rows_may_lie_far_apart(tmp_path):
     native.check(y, np.array(x), layer.config, layer.get_weights())
     c.tvm_sepconv_layer_destroy(handle)
     np.testing.assert_array_equal(layer(x), y)
+
+
+WINDOWS = {  # kernel_size, strides, padding, steps; of the first two, samples can be joined
+    "pointwise": (1, 1, "same", 9),
+    "patches": (2, 3, "valid", 15),
+    "a step left over": (2, 2, "valid", 15),
+    "a step lacking": (3, 3, "same", 14),
+    "zeros before": (2, 2, (1, 0), 14),
+    "overlapping": (3, 2, (0, 1), 14),
+}
+APART = {"compact": (1, 1, 1), "samples apart": (1, 2, 1), "rows apart": (1, 1, 2)}
+
+
+@pytest.mark.parametrize("of", ["input", "output"])
+@pytest.mark.parametrize("apart", APART.values(), ids=APART)
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+def test_samples_of_a_batch_are_what_each_is_alone(window, apart, of):
+    kernel_size, strides, padding, steps = window
+    layer = native.layer_of(
+        12, filters=3, kernel_size=kernel_size, strides=strides, padding=padding
+    )
+    values = native.inputs(layer.config, 5, steps, 12)
+    expected = np.concatenate([layer(values[i : i + 1]) for i in range(5)])
+    x = _apart(values, apart if of == "input" else (1, 1, 1))
+    y = _apart(np.full_like(expected, np.nan), apart if of == "output" else (1, 1, 1))
+    np.testing.assert_array_equal(layer(x, out=y), expected)
+    native.check(expected, values, layer.config, layer.get_weights())
+
+
+def _apart(array, times):
+    """A copy that is a part of an array so many times as long on each axis."""
+    whole = np.full(
+        [n * size for n, size in zip(times, array.shape, strict=True)], np.nan, "float32"
+    )
+    part = whole[tuple(slice(size) for size in array.shape)]
+    part[...] = array
+    return part
 
 
 def test_a_layer_reads_and_writes_nothing_outside_its_arrays():

@@ -59,20 +59,18 @@ STACK = {
     "long, CN-1d avx2 channels_first interior",
     SPILLED: "CN-1d avx2 channels_last long, MB-1 avx2 channels_first long, EEG-SSVEP avx512 "
     "channels_last long, EEG-SSVEP avx2 channels_first long, EEG-SSVEP sse42 "
-    "channels_first long",
+    "channels_first long, EEG-SSVEP sse42 channels_last long",
     POINTER: "MB-1 avx512 channels_first long, SEP-1 avx512 channels_first interior, "
     "EEG-SSVEP sse42 channels_last interior",
 }
 SUMS = {
-    MIXED: "EEG-SSVEP sse42 channels_last long, EEG-SSVEP sse42 channels_last interior",
+    MIXED: "EEG-SSVEP sse42 channels_last long",
 }
 MEMORY = {
     CLEARED: "CN-1d avx2 channels_last one, CN-1d avx2 channels_first long, CN-1d avx2 "
-    "channels_first interior, MB-1 avx2 channels_last "
-    "long, EEG-SSVEP sse42 channels_last long, SEP-1 avx2 channels_first long, SEP-1 "
-    "sse42 channels_last long, SEP-1 sse42 channels_first long, SEP-1 avx2 "
-    "channels_first interior, SEP-1 sse42 channels_last interior, SEP-1 sse42 channels_last "
-    "one, EEG-SSVEP sse42 channels_last interior",
+    "channels_first interior, MB-1 avx2 channels_last long, SEP-1 avx2 channels_first long, SEP-1 "
+    "sse42 channels_first long, SEP-1 avx2 channels_first interior, EEG-SSVEP sse42 channels_last "
+    "interior",
     SPILLED: "CN-1d avx2 channels_last long, MB-1 avx2 channels_first long, EEG-SSVEP avx512 "
     "channels_last long, EEG-SSVEP avx2 channels_first long, EEG-SSVEP sse42 "
     "channels_first long",

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy import empty, ndarray  # by name: every call looks them up
 
 from tvm_sepconv import activations, cuda_tensors, tensors
 from tvm_sepconv.bundle import Bundle, BundleError, open_bundle
 from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.cuda_runtime import CudaLayer
-from tvm_sepconv.options import BuildOptions
+from tvm_sepconv.options import BuildOptions, checked
 from tvm_sepconv.runtime import CompiledLayer
 from tvm_sepconv.variable import Variable
 from tvm_sepconv.weights import WEIGHTS, Weights
@@ -115,13 +116,15 @@ class SeparableConv1D(Weights):
 
         Raises
         ------
+        TypeError
+            If `options` are no `BuildOptions`.
         ValueError
             If the layer is not built or the options do not fit this machine.
         RuntimeError
             If the compiler is not installed, naming the extra, or there is no linker.
         """
         self._need_built("compile")
-        options = options or BuildOptions()
+        options = checked(options)
         with self._lock:
             if (options.target or "").startswith("cuda"):
                 self._replace_cuda(cuda_tensors.compiled(self, 0, options))
@@ -196,22 +199,24 @@ class SeparableConv1D(Weights):
         RuntimeError
             If the layer has to be compiled and cannot be.
         """
-        compiled, array = self._compiled, type(inputs) is np.ndarray
+        compiled, array = self._compiled, type(inputs) is ndarray
         if not array and tensors.on_gpu(inputs):
             return cuda_tensors.call(self, inputs, out)
         shape = inputs.shape if array else tensors.shape_of(inputs)
-        if compiled is None or not self._plain or len(shape) != 3:
+        known, expected, _ = self._last_shapes  # most calls are of one shape
+        if compiled is None or not self._plain or (shape != known and len(shape) != 3):
             return self._call_any(inputs, out)
+        if shape != known:
+            expected, _ = self._geometry(shape)
         # The short way, for what needs no conversion: the runtime checks both tensors and runs. All
         # that it does not take, wrong or merely unusual, goes the long way: explained or converted.
-        shape = self._geometry(shape)[0]
         try:
             if out is None:
-                y = np.empty(shape, self._native_dtype)
+                y = empty(expected, self._native_dtype)
                 if compiled.call(compiled.handle, inputs, y) == 0:
                     return y if array else tensors.way_back(inputs)(y)
             else:
-                plain = type(out) is np.ndarray and out.flags.writeable
+                plain = type(out) is ndarray and out.flags.writeable
                 y = out if plain else tensors.writable(out)
                 if y is not None and compiled.call(compiled.handle, inputs, y) == 0:
                     return out

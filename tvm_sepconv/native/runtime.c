@@ -199,6 +199,34 @@ static void run_task(void* context, int index) {
   }
 }
 
+/* Rows that one call of the longest variant touches. */
+static int64_t rows_of_x(const tvm_sepconv_library* l, int64_t steps) {
+  const int64_t longest_tile = l->variants[0].step_tile * (int64_t)l->strides + effective_kernel(l);
+  return l->channels_first ? l->channels : smaller(longest_tile, steps);
+}
+static int64_t rows_of_y(const tvm_sepconv_library* l, int64_t out_steps) {
+  return l->channels_first ? l->filters : smaller(l->variants[0].step_tile, out_steps);
+}
+
+/* A kernel indexes with 32 bits: what such a call touches must span less than 2**30 elements. */
+static int spans_too_much(int64_t rows, int64_t stride) {
+  return rows > 1 && (double)rows * (double)stride > INT_MAX / 2;
+}
+
+/* Samples that lie one behind the other, and whose windows share no step, are one long sample: only that has a
+ * ragged end. */
+static void join_samples(call* c) {
+  const tvm_sepconv_library* l = c->layer->library;
+  if (c->left || l->channels_first || effective_kernel(l) > l->strides || c->steps != c->out_steps * l->strides ||
+      c->x.batch_stride != c->steps * c->x.row_stride || c->y.batch_stride != c->out_steps * c->y.row_stride ||
+      spans_too_much(rows_of_x(l, c->steps * c->batch), c->x.row_stride) ||
+      spans_too_much(rows_of_y(l, c->out_steps * c->batch), c->y.row_stride))
+    return;
+  c->steps *= c->batch;
+  c->out_steps *= c->batch;
+  c->batch = 1;
+}
+
 /* Cut the call into tasks: none shorter than some microseconds, in units of a variant's tile that give
  * every thread several. */
 static void divide(call* c) {
@@ -206,36 +234,34 @@ static void divide(call* c) {
   const tvm_sepconv_library* l = c->layer->library;
   const double flops = 2.0 * (double)c->batch * (double)c->out_steps * l->channels *
                        l->depth_multiplier * (l->kernel_size + l->filters);
+  const double most = flops / FLOPS_PER_TASK;
   c->tasks = tvm_sepconv_num_threads();
-  if (flops / FLOPS_PER_TASK < c->tasks) c->tasks = (int)(flops / FLOPS_PER_TASK);
-  if (c->tasks < 1) c->tasks = 1;
-  for (int i = 0; i < l->variant_count; ++i) {
+  if (most < c->tasks) c->tasks = most < 1 ? 1 : (int)most;
+  c->grain = c->out_steps;
+  c->grains = 1;
+  for (int i = 0; i < l->variant_count && c->tasks > 1; ++i) {
     c->grain = l->variants[i].step_tile;
     c->grains = (c->out_steps + c->grain - 1) / c->grain;
     if (c->batch * c->grains >= (int64_t)c->tasks * UNITS_PER_TASK) break;
   }
   if (c->batch * c->grains < c->tasks) c->tasks = (int)(c->batch * c->grains);
-  if (c->tasks == 1) c->grain = c->out_steps, c->grains = 1;
 }
 
 static int run(const tvm_sepconv_layer* layer, int64_t batch, int64_t steps, int64_t out_steps,
                tvm_sepconv_view x, tvm_sepconv_view y) {
   const tvm_sepconv_library* l = layer->library;
   if (batch <= 0 || out_steps <= 0) return TVM_SEPCONV_OK;
-  /* A kernel indexes with 32 bits: what one call of the longest variant touches must span less than 2**30. */
-  const int64_t longest_tile = l->variants[0].step_tile * (int64_t)l->strides + effective_kernel(l);
-  const int64_t rows_x = l->channels_first ? l->channels : smaller(longest_tile, steps);
-  const int64_t rows_y = l->channels_first ? l->filters : smaller(l->variants[0].step_tile, out_steps);
   if (x.row_stride < 0 || y.row_stride < 0)
     return fail(TVM_SEPCONV_ERROR_ARGUMENT, "`row_stride` must not be negative. Received: x %lld, y %lld",
                 (long long)x.row_stride, (long long)y.row_stride);
-  if ((rows_x > 1 && x.row_stride > INT_MAX / 2 / rows_x) ||
-      (rows_y > 1 && y.row_stride > INT_MAX / 2 / rows_y))
+  call c = {layer, batch, steps, out_steps, left_padding(layer, steps), x, y, 0, 0, 0, 0};
+  if (spans_too_much(rows_of_x(l, steps), x.row_stride) || spans_too_much(rows_of_y(l, out_steps), y.row_stride))
     return fail(TVM_SEPCONV_ERROR_ARGUMENT,
                 "A tile must span less than 2**30 elements. Received: %lld rows of x %lld elements apart, %lld "
                 "of y %lld apart; copy a part of the steps into an array of its own.",
-                (long long)rows_x, (long long)x.row_stride, (long long)rows_y, (long long)y.row_stride);
-  call c = {layer, batch, steps, out_steps, left_padding(layer, steps), x, y, 0, 0, 0, 0};
+                (long long)rows_of_x(l, steps), (long long)x.row_stride, (long long)rows_of_y(l, out_steps),
+                (long long)y.row_stride);
+  join_samples(&c);
   divide(&c);
   pool_run(run_task, &c, c.tasks);
   return c.failed ? fail(TVM_SEPCONV_ERROR_MEMORY, "Out of memory for a kernel's scratch.") : 0;
