@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Generator
@@ -10,8 +12,10 @@ from typing import Any
 
 import cuda_counts
 import hypothesis
+import numpy as np
 import pytest
 from gpu_machine import emulated_gpus, gpus  # noqa: F401  # fixtures
+from quick_searches import builds_here  # noqa: F401  # a fixture
 
 from tvm_sepconv import gpu
 
@@ -25,15 +29,48 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 for _name in [name for name in os.environ if name.startswith("TVM_SEPCONV_")]:
     del os.environ[_name]
 
-# The first example of a test compiles a kernel, the next one finds it: no time limit fits both.
-hypothesis.settings.register_profile("tests", deadline=None, derandomize="CI" in os.environ)
+# Nothing here depends on how fast this machine is just now, nor on chance.
+hypothesis.settings.register_profile(
+    "tests",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def no_chance() -> None:
+    """Let what draws without a seed draw the same in every run, whichever tests ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
 
 _cuda: Counter[str] = Counter()  # of the whole run, in the process that reports it
 
 
+# These take longest: where files run side by side, they begin, so that none is alone at the end.
+LONGEST = (
+    "conformance", "runtime", "x86_code", "cuda_build", "search_faults", "tune_end_to_end", "jax",
+    "keras_layer", "torch_pairs", "emulated_python", "keras_backends", "search", "jit", "arm",
+    "tilings", "modelled_goldens", "tune", "bench_peers", "bench_baselines", "torch_operator",
+    "demo", "boards_tune", "boards", "epilogue",
+)  # fmt: skip
+_order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let pytest-xdist take files in this order, not those with most tests first."""
+    config.option.loadscopereorder = False
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `cuda` where there is no GPU."""
+    """Put the longest files first; skip what is marked `cuda` where there is no GPU."""
+    items.sort(key=lambda item: _order.get(item.path.name, len(_order)))
     marked = [item for item in items if item.get_closest_marker("cuda")]
     if marked and (reason := gpu.missing()):
         for item in marked:

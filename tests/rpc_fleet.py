@@ -2,38 +2,74 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from tvm_sepconv.tracker import Address, Tracker
 
-START_SECS = 60
 KEY = "board"
+PORTS = 100
 
 
 def free_port() -> int:
+    """Where to begin to look for one: until it is taken it may become somebody else's."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
+@contextmanager
+def nobody() -> Iterator[Address]:
+    """An address that refuses connections and that nobody else can take meanwhile."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # and does not listen
+        yield Address("127.0.0.1", bound.getsockname()[1])
+
+
+# What `tvm.exec.rpc_tracker` and `rpc_server` start, without the process that starts it.
+TRACKER = """if True:
+    import sys
+    from tvm.rpc.tracker import PopenTrackerServerState
+    host, first, last = sys.argv[1:]
+    PopenTrackerServerState(host, int(first), int(last)).thread.join()
+"""
+SERVER = """if True:
+    import sys
+    from tvm.rpc.server import PopenRPCServerState
+    host, first, last, tracker, key = sys.argv[1:]
+    tracker = host, int(tracker)
+    PopenRPCServerState(host, int(first), int(last), tracker_addr=tracker, key=key).thread.join()
+"""
+
+
 class Process:
     """One of TVM's RPC programs, with all that it starts."""
 
-    def __init__(self, module: str, port: int, log: Path, *arguments: str) -> None:
-        self.port, self.log = port, log
-        one = ("--host", "127.0.0.1", "--port", str(port), "--port-end", str(port + 1))
-        command = [sys.executable, "-m", f"tvm.exec.{module}", *one, *arguments]
+    def __init__(self, code: str, log: Path, *arguments: object) -> None:
+        self.log, first = log, free_port()
+        command = [sys.executable, "-c", code, "127.0.0.1", first, first + PORTS, *arguments]
         with log.open("w") as file:  # a session, so that one signal reaches everything
-            self.process = subprocess.Popen(command, stderr=file, start_new_session=True)
+            self.process = subprocess.Popen(
+                list(map(str, command)), stderr=file, start_new_session=True
+            )
+
+    @functools.cached_property
+    def port(self) -> int:
+        """The one that it took, as it says itself."""
+        bound = re.compile(r"bind to 127\.0\.0\.1:(\d+)\n")
+        return int(until(lambda: bound.search(self.log.read_text()), self.log.name)[1])
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)
@@ -52,20 +88,23 @@ class Fleet:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.address = Address("127.0.0.1", free_port())
-        self.tracker = Process("rpc_tracker", self.address.port, folder / "tracker.log")
+        self.tracker = Process(TRACKER, folder / "tracker.log")
         self.servers: list[Process] = []
+        self._numbers = itertools.count()
+
+    @functools.cached_property
+    def address(self) -> Address:
+        return Address("127.0.0.1", self.tracker.port)
 
     def need(self, count: int) -> list[Process]:
         """Return so many servers that are alive and free, started where there are too few."""
-        self.wait(lambda: True, "the tracker")
         self.servers = [server for server in self.servers if server.process.poll() is None]
-        while len(self.servers) < count:
-            port = free_port()
-            named = ("--tracker", str(self.address), "--key", KEY)
-            self.servers.append(Process("rpc_server", port, self.folder / f"{port}.log", *named))
+        until(lambda: [self.registered()], "the tracker")
+        for _ in range(count - len(self.servers)):
+            log = self.folder / f"server{next(self._numbers)}.log"
+            self.servers.append(Process(SERVER, log, self.address.port, KEY))
         ports = {server.port for server in self.servers}
-        self.wait(lambda: self.registered() == (ports, len(ports)), f"{count} servers")
+        until(lambda: self.registered() == (ports, len(ports)), f"{count} servers")
         return self.servers
 
     def registered(self) -> tuple[set[int], int]:
@@ -77,19 +116,6 @@ class Fleet:
     def close(self) -> None:
         for process in [self.tracker, *self.servers]:
             process.kill()
-
-    def wait(self, ready: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + START_SECS
-        while time.monotonic() < end:
-            try:
-                with Tracker(self.address):
-                    pass
-                if ready():
-                    return
-            except ConnectionError:
-                pass
-            time.sleep(0.05)
-        raise TimeoutError(f"no sign of {what} after {START_SECS} s")
 
 
 @pytest.fixture(scope="module")

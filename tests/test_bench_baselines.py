@@ -260,7 +260,7 @@ def test_not_tuned_names_the_command() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_search_is_kept_and_used(tmp_path: Path) -> None:
+def test_search_is_kept_and_used(builds_here: None, tmp_path: Path) -> None:
     case = Case.of(CASES["copied"], "channels_last")
     seen: list[int] = []
     kept = metaschedule.tune(case, 1, 3, tmp_path / "work", lambda now: seen.append(now.trials))

@@ -52,7 +52,8 @@ def test_one_thread_has_no_speedup() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_calls_are_measured(threads: int) -> None:
+def test_calls_are_measured(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calls, "ROW_SECS", 0.0)
     (subject,) = of_table(["EEG-SSVEP"], "channels_first")
     said: list[str] = []
     (measured,) = calls.measure([subject], targets.runnable()[0], threads, said.append)

@@ -75,8 +75,8 @@ def contested(start: Callable[..., Worker], *keys: str, copies: int = 1) -> cont
         ("wrong", r"wrong \(plain\) is not the layer: .* elements differ more than allowed"),
         ("short", r"short \(plain\) is not the layer: expected an output of shape \(4, 5, 3\)"),
         ("one-form-wrong", r"one-form-wrong \(doubled\) is not the layer"),
-        ("crash", "ended with signal SIGSEGV at 'prepare': .*the sky is falling"),
-        ("crash-in-turn", r"ended with status 3 at '(choose|turn)': it said nothing"),
+        ("crash", "^prepare: its process ended with signal SIGSEGV: .*the sky is falling"),
+        ("crash-in-turn", "^turn: its process ended with status 3: it said nothing"),
         ("refusing", "^no form of this layer$"),
         ("overwriting", "its second call overwrites the first one's output"),
     ],
@@ -95,10 +95,9 @@ def test_failures_are_told_and_the_others_go_on(
 def test_one_that_hangs_is_ended(
     start: Callable[..., Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(process, "START_SECS", 1.0)
-    monkeypatch.setattr(process, "ANSWER_SECS", 2.0)
-    outcome = contested(start, "hang", "right")
-    assert outcome.failures == {"hang": "no answer to 'prepare' within 3 s, ended"}
+    monkeypatch.setattr(process, "START_SECS", 0.5)
+    monkeypatch.setattr(process, "ANSWER_SECS", 0.5)
+    assert contested(start, "hang").failures == {"hang": "prepare: no result after 1 s"}
 
 
 def test_one_that_died_twice_is_given_up(start: Callable[..., Worker], tmp_path: Path) -> None:
@@ -109,7 +108,7 @@ def test_one_that_died_twice_is_given_up(start: Callable[..., Worker], tmp_path:
         with pytest.raises(ContestantError) as caught:
             worker.ask("prepare", threads=1, copies=1, **fields)
         words.append(str(caught.value))
-    assert words[0].startswith("its process ended")
+    assert words[0].startswith("prepare: its process ended")
     assert words[2] == f"given up after: {words[1]}"
 
 
@@ -129,7 +128,7 @@ def test_slow_ones_have_few_samples_and_no_untimed_calls(start: Callable[..., Wo
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("copies", [1, 5])
+@pytest.mark.parametrize("copies", [1, 3])
 def test_cold_calls_go_through_all_copies(
     copies: int,
     start: Callable[..., Worker],
@@ -143,8 +142,10 @@ def test_cold_calls_go_through_all_copies(
     assert inputs[: 2 * copies] == inputs[:copies] * 2
     assert len(set(inputs)) == copies
     assert {rest for _, _, rest in seen[2:]} == {0}  # all start on a cache line
-    outputs = [y for _, y, _ in seen[2 : 2 + 4 * copies]]
-    assert all(len(set(outputs[i : i + copies])) == copies for i in range(3 * copies))
+    outputs = [y for _, y, _ in seen[2:]]
+    assert len(outputs) >= 2 * copies  # however slow the machine is
+    last = len(outputs) - copies
+    assert all(len(set(outputs[i : i + copies])) == copies for i in range(last + 1))
 
 
 def test_workers_are_bound_and_told_their_threads(tmp_path: Path) -> None:

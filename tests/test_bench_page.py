@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import re
@@ -54,9 +55,15 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-@pytest.mark.parametrize("peers", [PEERS, REQUIRED[:1], ()], ids=["all", "one", "none"])
+@functools.cache
+def html_of(peers: tuple[str, ...] = PEERS) -> str:
+    """The page of a run with these peers; its pictures take a second."""
+    return page.html(complete(peers))
+
+
+@pytest.mark.parametrize("peers", [PEERS, REQUIRED[1:], ()], ids=["all", "some", "none"])
 def test_page_is_whole_and_loads_nothing(peers: tuple[str, ...]) -> None:
-    text = page.html(complete(peers, ()))
+    text = html_of(peers)
     parsed = Page(text)
     assert parsed.open == []
     tags = {tag for tag, _ in parsed.seen}
@@ -72,7 +79,7 @@ def test_page_is_whole_and_loads_nothing(peers: tuple[str, ...]) -> None:
 
 
 def test_every_colour_is_there_in_light_and_dark() -> None:
-    text = page.html(complete())
+    text = html_of()
     style = text[text.index("<style>") : text.index("</style>")]
     light, dark = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     used = set(re.findall(r"var\((--[\w-]+)\)", text))
@@ -125,7 +132,7 @@ def test_page_without_matplotlib_has_the_tables_and_says_so(
 @needs_matplotlib
 def test_every_figure_is_on_the_page() -> None:
     one = complete()
-    words = "\n".join(Page(page.html(one)).words)
+    words = "\n".join(Page(html_of()).words)
     facts = [one.where, one.command, "torch 2.13.0", "L2 114", "x86_64-avx512 118.1", "L1 32 KiB"]
     facts += [f"{mean:.2f}×" for mean in (one.geometric_mean_of_the_20, one.geometric_mean)]
     assert [fact for fact in facts if fact not in words] == []
@@ -152,7 +159,7 @@ def test_losses_are_coloured_and_named() -> None:
 
 
 def test_incomplete_page_says_so_first_and_quotes_no_mean() -> None:
-    words = " ".join(Page(page.html(complete(REQUIRED[1:]))).words)
+    words = " ".join(Page(html_of(REQUIRED[1:])).words)
     assert "INCOMPLETE." in words
     assert "PyTorch: pip install it" in words
     assert "geometric mean" not in words

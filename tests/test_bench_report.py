@@ -15,7 +15,7 @@ from bench_reports import LIMITS, PEERS, complete, report, row, samples
 import tvm_sepconv
 from tvm_sepconv import targets
 from tvm_sepconv.bench import table
-from tvm_sepconv.bench.machine import OthersWork, cpu_name, own_secs, versions, where
+from tvm_sepconv.bench.machine import OthersWork, cpu_name, versions, where
 from tvm_sepconv.bench.report import BESIDE, FORMAT, NOT_OF_THE_20, OURS, REQUIRED, Report, Row
 from tvm_sepconv.bench.roofline import Traffic
 from tvm_sepconv.workloads import workloads
@@ -276,6 +276,18 @@ def test_own_work_is_not_counted_as_others(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 SPIN = "import time\nend = time.process_time() + 0.2\nwhile time.process_time() < end: pass\n"
+# A process of its own, which has no other descendants that might end meanwhile.
+ALIVE_AND_ENDED = """
+import subprocess, sys
+from tvm_sepconv.bench.machine import own_secs
+before = own_secs()
+pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+with subprocess.Popen([sys.executable, "-c", sys.argv[1]], **pipes) as child:
+    child.stdout.readline()
+    alive = own_secs() - before
+    child.communicate(b"\\n")
+print(alive, own_secs() - before)
+"""
 
 
 @pytest.mark.parametrize("nested", [False, True], ids=["child", "grandchild"])
@@ -284,14 +296,8 @@ def test_work_of_descendants_is_our_own(nested: bool) -> None:
     code = f"{SPIN}print(flush=True)\ninput()\n"
     if nested:
         code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {code!r}])"
-    before = own_secs()
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
-        assert child.stdout is not None
-        child.stdout.readline()
-        alive = own_secs() - before
-        child.communicate(b"\n")
-    ended = own_secs() - before
+    command = [sys.executable, "-c", ALIVE_AND_ENDED, code]
+    done = subprocess.run(command, capture_output=True, text=True)
+    alive, ended = map(float, done.stdout.split())
     assert alive > 0.17
     assert ended > alive - 0.03

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -123,6 +124,7 @@ def test_small_sweep_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_wrong_output_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tvm")
+    monkeypatch.setattr(sweep.concurrent.futures, "ProcessPoolExecutor", _here)
     right = Case.of_subject
     other_bias = lambda subject, target: _spoiled(right(subject, target))  # noqa: E731
     monkeypatch.setattr(Case, "of_subject", other_bias)
@@ -130,6 +132,11 @@ def test_wrong_output_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AssertionError, match="c3_f4_k3_s1_d1_m1_cl_linear_bias_float32 is not the"):
         measure_sweep(targets.runnable()[0], grid=grid, steps=20)
     assert runtime._threads is None  # what a person set for the process is not ours to keep
+
+
+def _here(workers: int, fresh: object) -> ThreadPoolExecutor:
+    """Compile in this process: another one has to import TVM first."""
+    return ThreadPoolExecutor(1)
 
 
 def _spoiled(case: Case) -> Case:

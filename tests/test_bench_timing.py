@@ -14,7 +14,7 @@ import pytest
 
 from tvm_sepconv import reference
 from tvm_sepconv.bench import timing
-from tvm_sepconv.bench.case import Case, check, describe
+from tvm_sepconv.bench.case import Case, check
 from tvm_sepconv.bench.timing import Turn, aligned_copies, rotating
 from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.subjects import Subject
@@ -65,9 +65,9 @@ def test_wrong_outputs_are_refused(
 
 def test_description_names_what_is_not_usual() -> None:
     plain = SepConvConfig.parse(256, 33)
-    assert describe(plain, 64) == "64→256 k33"
+    assert plain.kernel_config(64).sizes == "64→256 k33"
     rare = SepConvConfig.parse(8, 5, strides=2, dilation_rate=3, depth_multiplier=4)
-    assert describe(rare, 2) == "2→8 k5 s2 d3 m4"
+    assert rare.kernel_config(2).sizes == "2→8 k5 s2 d3 m4"
 
 
 def test_turns_alternate_and_start_untimed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import rpc_fleet
-from rpc_fleet import KEY, START_SECS, Fleet
+from rpc_fleet import KEY, Fleet
+from waiting import until
 
 from tvm_sepconv import cli, targets
 from tvm_sepconv.compiler.tuning import logs
@@ -24,7 +24,9 @@ fleet = rpc_fleet.fleet
 
 
 @pytest.fixture
-def tune(fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def tune(
+    fleet: Fleet, builds_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
     """The command, for a small layer and nobody else's records."""
     monkeypatch.setattr(logs, "packaged", lambda: tmp_path / "packaged")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
@@ -45,9 +47,7 @@ def test_both_boards_measure_and_one_that_dies_costs_no_trial(
     servers = fleet.need(2)
 
     def kill() -> int:
-        end = time.monotonic() + 2 * START_SECS
-        while min(server.sessions() for server in servers) < 2 and time.monotonic() < end:
-            time.sleep(0.02)
+        until(lambda: min(server.sessions() for server in servers) >= 2, "two sessions each")
         servers[0].signal(signal.SIGKILL)
         return servers[0].sessions()
 
@@ -68,7 +68,7 @@ def test_no_board_at_all_is_one_message(
 ) -> None:
     for server in fleet.need(1):
         server.kill()
-    fleet.wait(lambda: not fleet.registered()[0], "the tracker's noticing it")
+    until(lambda: not fleet.registered()[0], "the tracker's noticing it")
     assert cli.main(tune) == 2
     err = capsys.readouterr().err
     assert f"tvm-sepconv tune: error: The RPC tracker at {fleet.address} has no server" in err

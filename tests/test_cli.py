@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import subprocess
 import sys
 
@@ -18,6 +19,13 @@ def test_usage(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -
         cli.main(arguments)
     assert exit_.value.code == 2
     assert "usage: tvm-sepconv" in capsys.readouterr().err
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out == f"tvm-sepconv {importlib.metadata.version('tvm_sepconv')}\n"
 
 
 def test_errors_of_tvm_itself_are_not_the_users(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,26 +15,33 @@ import itertools
 import multiprocessing
 import os
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
-import hypothesis
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
 pytest.importorskip("tvm")
 
+from conformance_cases import (
+    CONFIGS,
+    EDGES,
+    FACTORS,
+    LAYERS_PER_BUNDLE,
+    TARGETS,
+    Case,
+    drawn_cases,
+    pairs_in,
+    pairwise,
+    part_of_draws,
+    table_case,
+)
+
 import tvm_sepconv
-from tvm_sepconv import activations, reference, targets
+from tvm_sepconv import activations, reference
 from tvm_sepconv.compiler.package import write_bundle
 from tvm_sepconv.config import SepConvConfig
-from tvm_sepconv.workloads import workloads
 
-CONFIGS = 200
-FULL_PARTS, CONFIGS_PER_PART = 40, 20
-LAYERS_PER_BUNDLE = 5
-TARGETS = targets.runnable()
+FULL_PARTS = 40
 
 # sup|f'| over all x; that of `exponential` depends on x, and `hard_shrink` jumps at ±0.5.
 SLOPES = {
@@ -42,149 +49,7 @@ SLOPES = {
     "gelu": 1.13, "hard_sigmoid": 1 / 6, "hard_silu": 1.5, "mish": 1.1, "selu": 1.7581,
     "sigmoid": 1 / 4, "silu": 1.1, "sparse_sigmoid": 1 / 2,
 }  # fmt: skip
-EDGES = (1, 15, 16, 17, 31, 32, 33, 64, 65)  # round whole vectors and pairs of them
 CANCELLING = ("squareplus", "tanh_shrink")  # sums of opposite signs: rounding is that of x
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer for a target and the (batch, steps) to call it with."""
-
-    config: SepConvConfig
-    channels: int
-    target: str
-    shapes: tuple[tuple[int, int], ...]
-
-    @property
-    def name(self) -> str:
-        return self.config.name
-
-
-# ---- drawing configs ----------------------------------------------------------------------------
-
-sizes = st.integers(1, 72)
-pairs = st.tuples(st.integers(0, 12), st.integers(0, 12)) | st.tuples(
-    st.integers(0, 90), st.just(0)
-)
-
-
-@st.composite
-def arguments(draw):
-    """(channels, the layer's arguments, the output steps of four calls, extra input steps)."""
-    layer = {
-        "filters": draw(sizes),
-        "kernel_size": draw(st.sampled_from([3, 2, 1, 25, 33, 40]) | st.integers(1, 40)),
-        "strides": draw(st.integers(1, 4)),
-        "dilation_rate": draw(st.integers(1, 5)),
-        "depth_multiplier": draw(st.integers(1, 4)),
-        "padding": draw(st.sampled_from(["valid", "same", "pair"])),
-        "data_format": draw(st.sampled_from(["channels_last", "channels_first"])),
-        "activation": draw(st.sampled_from(["linear", "relu"])),
-        "use_bias": draw(st.booleans()),
-        "dtype": draw(st.sampled_from(["float32", "float64"])),
-    }
-    if layer["padding"] == "pair":
-        layer["padding"] = draw(pairs)
-    edges = [st.just(1), st.integers(15, 17), st.integers(63, 65), st.integers(126, 133)]
-    out_steps = [draw(edge) for edge in edges]
-    return draw(sizes), layer, out_steps, draw(st.integers(0, 3))
-
-
-def few_draws(seed: int):
-    """Ten draws, the same for the same seed.
-
-    Hypothesis starts with the simplest values and then varies what it drew before: good for finding
-    one failure, but hundreds of draws would be much alike. So only the start of a run is taken.
-    """
-    found = []
-
-    @hypothesis.seed(seed)
-    @hypothesis.settings(
-        max_examples=12,
-        database=None,
-        phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
-    )
-    @hypothesis.given(arguments())
-    def collect(drawn):
-        found.append(drawn)
-
-    collect()
-    return found[2:]
-
-
-def steps_for(config: SepConvConfig, out_steps: int, extra: int) -> int:
-    """Input steps for that many output steps, or the fewest above that the layer can take."""
-    if config.padding == "same":
-        steps = out_steps * config.strides - extra % config.strides
-    else:
-        steps = (out_steps - 1) * config.strides + config.effective_kernel + extra % config.strides
-        steps = max(steps - sum(config.pad_amounts(0)), 0)
-    gated = config.activation is activations.glu and config.data_format == "channels_first"
-    while config.out_steps(steps) < 1 or (gated and config.out_steps(steps) % 2):
-        steps += 1
-    return steps
-
-
-def drawn_cases(count: int, seed: int) -> list[Case]:
-    """Draws as cases, in each of which activation, channels or filters are dealt in turn."""
-    names = itertools.cycle(sorted(activations.NAMES - {"threshold"}))
-    edges = itertools.cycle(itertools.product(EDGES, ("channels", "filters")))
-    cases: dict[object, Case] = {}
-    draws = itertools.chain.from_iterable(map(few_draws, itertools.count(1000 * seed)))
-    for channels, layer, out_steps, extra in draws:
-        if (number := len(cases)) == count:
-            break
-        if number % 3 == 0:
-            layer["activation"] = next(names)
-        elif (edge := next(edges))[1] == "channels":
-            channels = edge[0]
-        else:
-            layer["filters"] = edge[0]
-        layer["filters"] += (layer["activation"] == "glu") * (layer["filters"] % 2)
-        config = SepConvConfig.parse(**layer)
-        key = f"{config.kernel_config(channels).key}-{layer['activation']}"
-        config = dataclasses.replace(config, name=f"{seed}.{number:03}-{key}")
-        batches = [(1, 3, 1, 2)[(i + number) % 4] for i in range(4)]
-        shapes = [(n, steps_for(config, t, extra)) for n, t in zip(batches, out_steps, strict=True)]
-        shapes.append((0, shapes[1][1]))
-        target = TARGETS[number // LAYERS_PER_BUNDLE % len(TARGETS)]
-        cases.setdefault((key, config.padding), Case(config, channels, target, tuple(shapes)))
-    return list(cases.values())
-
-
-def part_of_draws(part: int) -> list[Case]:
-    return drawn_cases(CONFIGS_PER_PART, seed=1 + part)
-
-
-# ---- the table of workloads ---------------------------------------------------------------------
-
-FACTORS = (tuple(workloads()), ("channels_last", "channels_first"), ("float32", "float64"), TARGETS)
-Row = tuple[str, str, str, str]
-
-
-def pairs_in(row: Row) -> set[tuple[int, str, int, str]]:
-    return {(i, row[i], j, row[j]) for i, j in itertools.combinations(range(len(row)), 2)}
-
-
-def pairwise() -> list[Row]:
-    """Few rows that hold every pair of values of two factors: greedily, most new pairs first."""
-    rows: list[Row] = list(itertools.product(*FACTORS))
-    missing, chosen = set().union(*map(pairs_in, rows)), []
-    while missing:
-        chosen.append(max(rows, key=lambda row: len(pairs_in(row) & missing)))
-        missing -= pairs_in(chosen[-1])
-    return chosen
-
-
-def table_case(row: Row) -> Case:
-    """The published shape, and a short call of the same library."""
-    name, data_format, dtype, target = row
-    work = workloads()[name]
-    config = work.config(data_format=data_format, dtype=dtype, name="-".join(row))
-    shapes = (work.batch, work.steps), (2, steps_for(config, 7, 0))
-    return Case(config, work.channels, target, shapes)
-
 
 DRAWN = drawn_cases(CONFIGS, seed=0)
 PAIRWISE = sorted(pairwise(), key=lambda row: row[3])  # by target, as bundles are

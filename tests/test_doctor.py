@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import rpc_fleet
 from command_line import refused
-from rpc_fleet import KEY, Fleet, free_port
+from rpc_fleet import KEY, Fleet, nobody
 
 from tvm_sepconv import cli, doctor, gpu, jit, targets
 from tvm_sepconv.compiler import link, nvcc
@@ -352,8 +352,8 @@ def test_a_wrong_key_and_a_wrong_target_are_problems(fleet: Fleet) -> None:
 
 
 def test_a_tracker_that_is_not_there_is_a_problem() -> None:
-    address = Address("127.0.0.1", free_port())
-    assert "No RPC tracker answers" in only(iter(examined(address, KEY, None)), PROBLEM).text
+    with nobody() as address:
+        assert "No RPC tracker answers" in only(iter(examined(address, KEY, None)), PROBLEM).text
 
 
 def test_a_network_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import native
 import pytest
-from rpc_fleet import KEY, Fleet, free_port
+from rpc_fleet import KEY, PORTS, Fleet, free_port
+from waiting import until
 
 pytest.importorskip("tvm")
 
@@ -36,7 +37,7 @@ TARGET = "aarch64-neon@cortex-a76"
 def made(requirements: tuple[str, ...]) -> EmulatedPython:
     try:
         return emulated_python(FOLDER, requirements)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         pytest.skip(str(error))
 
 
@@ -91,13 +92,13 @@ def board(tmp_path: Path) -> Iterator[Fleet]:
     try:
         port = free_port()
         command = [str(python.launcher), "-m", "tvm.exec.rpc_server", "--host", "127.0.0.1"]
-        command += ["--port", str(port), "--port-end", str(port + 1), "--key", KEY]
+        command += ["--port", str(port), "--port-end", str(port + PORTS), "--key", KEY]
         command += ["--tracker", str(fleet.address)]
         variables = python.environment({"TVM_USE_RUNTIME_LIB": "1"})
         with (tmp_path / "server.log").open("w") as log:
             server = subprocess.Popen(command, env=variables, stderr=log, start_new_session=True)
         try:
-            fleet.wait(lambda: fleet.registered() == ({port}, 1), "the emulated server")
+            until(lambda: fleet.registered()[1] == 1, "the emulated server")
             yield fleet
         finally:
             os.killpg(server.pid, signal.SIGKILL)
@@ -107,7 +108,7 @@ def board(tmp_path: Path) -> Iterator[Fleet]:
 
 
 def test_an_emulated_board_is_tuned_for_through_the_tracker(
-    board: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    board: Fleet, builds_here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logs, "packaged", lambda: tmp_path / "packaged")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))

@@ -59,11 +59,16 @@ def compiled(name: str, dtype: str, target: str, lanes: int | None = None):
         return tvm.compile(schedule.mod, target=TARGETS[target])
 
 
+@functools.cache
+def kernel(name: str, dtype: str, target: str):
+    return compiled(name, dtype, target).jit()["main"]
+
+
 def run(name: str, x: np.ndarray, target: str) -> np.ndarray:
     lanes = VECTOR_BYTES[target] // x.itemsize
     rows = tvm.runtime.tensor(np.resize(x, (-(-x.size // lanes), lanes)))
     out = tvm.runtime.tensor(np.empty(rows.shape, x.dtype))
-    compiled(name, str(x.dtype), target).jit()["main"](rows, out)
+    kernel(name, str(x.dtype), target)(rows, out)
     return out.numpy().ravel()[: x.size]
 
 

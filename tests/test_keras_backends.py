@@ -58,7 +58,7 @@ def run_pytest(backend: str, *arguments: str, plugins: Path | None = None) -> st
         "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
     }
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *QUIET, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout
 
@@ -90,7 +90,7 @@ def test_tensorflows_tensors_without_keras() -> None:
         pytest.skip("tensorflow is not installed")
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
     done = subprocess.run([sys.executable, "-c", TENSORS], env=environment, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+                          text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 
@@ -114,7 +114,7 @@ def test_exported_models_need_nothing_of_ours(backend: str, tmp_path: Path) -> N
         pytest.skip("tensorflow is not installed")
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
     command = [sys.executable, "-c", EXPORT, str(tmp_path / "saved")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -183,9 +183,7 @@ print(model.predict(x, batch_size=4, verbose=0).shape, layer.compiled_calls)
 
 @pytest.mark.skipif(BACKEND != "jax", reason="waiting for threads of JAX")
 def test_one_core_is_enough_to_call_back() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", ON_ONE_CORE], capture_output=True, text=True)
     assert done.stdout.strip() == "(8, 100000, 6) 2", done.stderr
 
 
@@ -253,7 +251,6 @@ def test_without_tensorflow_and_jax() -> None:
         env={**os.environ, "KERAS_BACKEND": "tensorflow"},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     layers, message = done.stdout.splitlines()
     assert layers == "['conv', 'inner/conv', 'frozen', 'half']", done.stderr

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from tuning_records import CONFIG, DECISIONS, TARGET, append, day, other, put, record
+from waiting import LIMIT_SECS, until
 
 from tvm_sepconv.compiler.tuning import log_writing, logs, records
 from tvm_sepconv.compiler.tuning.logs import Record
@@ -171,7 +172,7 @@ def said(process: subprocess.Popen[str]) -> str:
 def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     writers = [start(WRITE, tmp_path, first, 50) for first in (100, 200)]
     for writer in writers:
-        writer.communicate(timeout=60)
+        writer.communicate(timeout=LIMIT_SECS)
         assert writer.returncode == 0
     filters = sorted(r.config.filters for r in logs.read(tmp_path / f"{TARGET}.jsonl"))
     assert filters == [*range(100, 150), *range(200, 250)]
@@ -196,16 +197,20 @@ def test_a_writer_killed_before_it_renames_loses_its_own_record_only(tmp_path: P
 def test_writers_killed_anywhere_leave_a_whole_log(tmp_path: Path) -> None:
     path = tmp_path / f"{TARGET}.jsonl"
     found = 0
+
+    def records_now() -> int:
+        return path.read_bytes().count(b"\n") if path.exists() else 0
+
     for number in range(6):
         process = start(WRITE, tmp_path, 1000 * (number + 1), 900)
         assert said(process) == "ready"
-        time.sleep(0.02 + 0.013 * number)
+        until(lambda: records_now() > found, "another record")  # noqa: B023
+        time.sleep(0.013 * number)
         process.kill()
         process.communicate()
         now = len(logs.read(path))  # a damaged line would be an error here
-        assert found <= now == path.read_bytes().count(b"\n") if path.exists() else now == 0
+        assert found < now == records_now()
         found = now
-    assert found > 0
 
 
 def fill_up(descriptor: int) -> None:

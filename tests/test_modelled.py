@@ -284,8 +284,9 @@ def tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_tuning_without_a_board_records_cycles_and_says_so(
-    tune: list[str], plugin: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    tune: list[str], builds_here: None, plugin: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     assert cli.main([*tune, "--json", str(tmp_path / "found.json")]) == 0
     said = capsys.readouterr().out
     assert "scored by modelled cycles, which are no time" in said

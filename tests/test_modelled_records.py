@@ -31,6 +31,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(logs, "packaged", lambda: tmp_path / "packaged")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("TVM_SEPCONV_LOGS", str(tmp_path / "chosen"))
+    monkeypatch.setattr(logs, "_announced", set())
     return tmp_path / "chosen"
 
 

@@ -148,8 +148,7 @@ def test_curves_are_the_running_minimum_of_the_medians(work: Path) -> None:
             at = np.searchsorted(trials, np.arange(1, len(medians) + 1), side="right") - 1
             assert 1e6 * best == pytest.approx(drawn[at])
             final = lines[-1]["final"]
-            who = curves.LINES[space][0]
-            assert f"{who} {us(1e6 * final['best_secs'])}" in words
+            assert f"{curves.LINES[space][0]} {us(1e6 * final['best_secs'])}" in words
         default = search(layer)[-1]["final"]["default_secs"]
         assert f"default {us(1e6 * default)}" in words
 
@@ -243,6 +242,14 @@ def test_times_of_an_older_record_are_not_shown(work: Path) -> None:
     assert any("Transferred times: not measured for QN-B1" in w for w in everything.missing)
 
 
+def test_many_that_were_not_measured_are_counted(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(found, "MOST_NAMES", 1)
+    missing = found.read(work, [], None).missing
+    assert any("Transferred times: not measured for 2 of 2 records (" in line for line in missing)
+
+
 def test_figures_that_sum_it_up(work: Path) -> None:
     assert run(work) == 0
     words = Words((work / "out" / "index.html").read_text()).words
@@ -284,8 +291,7 @@ def test_decisions_in_words(value: object, expected: str) -> None:
 
 
 def test_values_are_sorted_by_size() -> None:
-    kinds = decisions.counts([], [])
-    assert kinds == {}
+    assert decisions.counts([], []) == {}
     sizes = {"tried": decisions.Counter(["128", "16", "4×2", "yes", "8×1", "no"])}
     assert decisions.values(sizes) == ["no", "yes", "4×2", "8×1", "16", "128"]
 

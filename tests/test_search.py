@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from quick_searches import Inventing
 from tvm.s_tir import meta_schedule as ms
 from tvm_sepconv.compiler.schedules.cpu import Tiling
 
@@ -52,17 +55,18 @@ def _proposals(seed: int, folder: Path) -> list[Mapping[str, Any]]:
 
 def test_the_seed_decides_the_first_batch_in_any_process(tmp_path: Path) -> None:
     code = (
-        "import json, pathlib, test_search as t; "
-        f"print(json.dumps(t._proposals(1, pathlib.Path({str(tmp_path / 'other')!r}))))"
+        "import json, pathlib, sys, test_search as t; "
+        f"print(json.dumps(t._proposals(1, pathlib.Path({str(tmp_path / 'other')!r})))); "
+        "assert 'tvm.s_tir.tensor_intrin' not in sys.modules"  # 13 s that nobody needs
     )
     command = [sys.executable, "-c", code]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent)
     first, another = (_proposals(seed, tmp_path / "work") for seed in (1, 2))
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate()
+    assert process.returncode == 0
     assert json.loads(json.dumps(first)) == json.loads(output)
     assert first != another
     assert len(first) == search.BATCH
-    assert "tvm.s_tir.tensor_intrin" not in sys.modules  # 13 s that nobody needs
 
 
 # ---- replaying ---------------------------------------------------------------------------------
@@ -74,19 +78,25 @@ def _invented_secs(tiling: Tiling) -> float:
     return 1e-5 * (1 + abs(tiling.step_tile - 128) / 256 + abs(rows * vectors - 12) / 24)
 
 
-@pytest.fixture
-def everything(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A history that has every candidate."""
-    space = Space(CONFIG, TARGET, STEPS)
+    path, space = tmp_path_factory.mktemp("histories") / "all.jsonl", Space(CONFIG, TARGET, STEPS)
     header = {
         "config": CONFIG.to_dict(), "target": TARGET.name, "batch": 1, "steps": STEPS, "seed": 0,
         "threads": 1, "space": "tvm_sepconv", "machine": "an invented one",
         "first": [space.default.to_dict()],
     }  # fmt: skip
-    with closing(Writer(tmp_path / "all.jsonl", header)) as writer:
+    with closing(Writer(path, header)) as writer:
         for number, tiling in enumerate(sorted(space.tilings, key=str), 1):
             writer.trial(Trial(number, tiling.to_dict(), [_invented_secs(tiling)], None, 0.0))
-    return tmp_path / "all.jsonl"
+    return path
+
+
+@pytest.fixture
+def everything(lasting: Path, tmp_path: Path) -> Path:
+    """The same, for a test that changes it."""
+    return Path(shutil.copy(lasting, tmp_path))
 
 
 def _replay(path: Path, work: Path, seed: int = 0, trials: int = 26) -> tune.Result:
@@ -97,13 +107,45 @@ def _decisions(path: Path) -> list[Mapping[str, Any] | None]:
     return [trial.decisions for trial in read_history(path).trials]
 
 
+@dataclass
+class Replayed:
+    """A search, and of how many measured candidates its model learned each time."""
+
+    result: tune.Result
+    folder: Path
+    learned: list[int]
+
+
+@pytest.fixture(scope="module")
+def replayed(lasting: Path, tmp_path_factory: pytest.TempPathFactory) -> Replayed:
+    folder, learned, made = tmp_path_factory.mktemp("replayed"), list[int](), search.cost_model
+
+    def watched(seed: int) -> Any:
+        model = made(seed)
+        train = model._train
+
+        def note(xs: list[Any], ys: Any) -> None:
+            train(xs, ys)
+            assert model.booster is not None
+            learned.append(len(xs))
+
+        model._train = note
+        return model
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "cost_model", watched)
+        patch.setattr(logs, "packaged", lambda: folder / "none")
+        patch.setenv("XDG_DATA_HOME", str(folder))
+        return Replayed(_replay(lasting, folder / "work"), folder, learned)
+
+
 def test_replaying_with_the_same_seed_tries_the_same_candidates(
-    everything: Path, tmp_path: Path
+    replayed: Replayed, tmp_path: Path
 ) -> None:
-    first = _replay(everything, tmp_path / "1")
+    first = replayed.result
     assert first.progress.trials == 26
     assert (first.path, first.record) == (None, None)
-    assert not list(tmp_path.rglob("*.so"))  # nothing was built
+    assert not list(replayed.folder.rglob("*.so"))  # nothing was built
     again = _replay(first.history, tmp_path / "2")
     assert _decisions(again.history) == _decisions(first.history)
     assert again.progress.run_failures == 0
@@ -111,10 +153,15 @@ def test_replaying_with_the_same_seed_tries_the_same_candidates(
     best = _invented_secs(Tiling.from_dict(dict(first.decisions or {})))
     every = sorted(_invented_secs(t) for t in Space(CONFIG, TARGET, STEPS).tilings)
     assert best == first.best_secs <= every[len(every) // 50]
-    other = _replay(first.history, tmp_path / "3", seed=1)
+
+
+def test_replaying_with_another_seed_tries_what_nobody_knows(
+    replayed: Replayed, tmp_path: Path
+) -> None:
+    other = _replay(replayed.result.history, tmp_path, seed=1, trials=1 + search.BATCH)
     assert other.progress.run_failures > 0
     assert "has no time of these decisions" in other.progress.failure
-    assert other.progress.trials == 26
+    assert other.progress.trials == 1 + search.BATCH
 
 
 def test_replaying_leaves_the_history_that_it_replays(everything: Path, tmp_path: Path) -> None:
@@ -166,22 +213,7 @@ def test_arguments_that_do_not_go_together(
 # ---- going on ----------------------------------------------------------------------------------
 
 
-class Inventing:
-    """A runner that knows without measuring."""
-
-    workers, machine = 2, "an invented one"
-
-    def __init__(self) -> None:
-        self.asked: list[list[str]] = []
-
-    def measure(self, task: Path, libraries: Sequence[str], rounds: int) -> list[list[float]]:
-        assert task.is_file()
-        assert all(Path(library).is_file() for library in libraries)
-        self.asked.append([Path(library).name for library in libraries])
-        return [[1e-5 + 1e-8 * i] * rounds for i, _ in enumerate(libraries)]
-
-
-def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
+def test_a_search_goes_on_where_it_stopped(builds_here: None, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"work_dir": tmp_path / "work", "workload": "QN-B1", "threads": 2}
     runner = Inventing()
     first = tune.tune(CONFIG, TARGET, 1, STEPS, trials=3, runner=runner, **arguments)
@@ -208,7 +240,7 @@ def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert (record.threads, record.trials, record.machine) == (2, 6, "an invented one")
 
 
-def test_another_search_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_another_search_is_not_gone_on_with(builds_here: None, tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"work_dir": tmp_path, "trials": 2, "runner": Inventing()}
     tune.tune(CONFIG, TARGET, 1, STEPS, **arguments)
     with pytest.raises(ValueError, match=r"cannot be resumed.*has batch=1\. Received: batch=2"):
@@ -232,7 +264,8 @@ def test_the_model_ranks_measured_candidates_that_it_has_not_seen() -> None:
     order = np.random.default_rng(0).permutation(len(trials))
     candidates = [search._candidate(space.scheduled(_tiling(space, t))) for t in trials]
     results = [search._result(t) for t in trials]
-    context = ms.TuneContext(space.workload(), target=CpuTarget(found.header["target"]).tvm())
+    with search._without_intrinsics():
+        context = ms.TuneContext(space.workload(), target=CpuTarget(found.header["target"]).tvm())
     half = len(trials) // 2
     seen, unseen = order[:half], order[half:]
     model = search.cost_model(0)
@@ -250,24 +283,6 @@ def _tiling(space: Space, trial: Trial) -> Tiling:
     return tiling
 
 
-def test_a_search_trains_its_model_after_every_batch(
-    everything: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows: list[int] = []
-    made = search.cost_model
-
-    def watched(seed: int) -> Any:
-        model = made(seed)
-        train = model._train
-
-        def note(xs: list[Any], ys: Any) -> None:
-            train(xs, ys)
-            assert model.booster is not None
-            rows.append(len(xs))
-
-        model._train = note
-        return model
-
-    monkeypatch.setattr(search, "cost_model", watched)
-    _replay(everything, tmp_path / "work", trials=1 + 3 * search.BATCH)
-    assert rows == [1 + search.BATCH * n for n in (1, 2)]
+def test_a_search_trains_its_model_after_every_batch(replayed: Replayed) -> None:
+    # The last batch is one trial, from which nobody would propose any more.
+    assert replayed.learned == [1 + search.BATCH * n for n in (1, 2, 3)]

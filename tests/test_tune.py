@@ -6,19 +6,20 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from quick_searches import Inventing
 from tvm_sepconv.compiler.schedules import cpu
 
 import tvm_sepconv
 from tvm_sepconv import jit, reference, targets
-from tvm_sepconv.compiler import build
+from tvm_sepconv.compiler import build, default_space
 from tvm_sepconv.compiler.targets import CpuTarget
-from tvm_sepconv.compiler.tuning import builder, finalists, logs, search, tune
+from tvm_sepconv.compiler.tuning import builder, finalists, logs, measure, search, tune
 from tvm_sepconv.compiler.tuning.history import best_at, read_history
 from tvm_sepconv.compiler.tuning.search import Progress
 from tvm_sepconv.compiler.tuning.space import Space
@@ -77,7 +78,7 @@ def test_a_search_writes_one_record(found: Found) -> None:
     (record,) = logs.read(found.result.path)
     assert (record.config, record.target) == (CONFIG, TARGET.name)
     assert (record.batch, record.steps, record.trials) == (2, STEPS, TRIALS)
-    assert 0 < record.median_secs <= record.default_secs < 0.01
+    assert 0 < record.median_secs <= record.default_secs < 1
     assert cpu.Tiling.from_dict(dict(record.decisions)) in Space(CONFIG, TARGET, STEPS).tilings
     assert record.noise >= 0
     assert "processors" in record.machine
@@ -91,7 +92,6 @@ def test_every_trial_is_reported(found: Found) -> None:
     assert (last.build_failures, last.run_failures, last.failure) == (0, 0, "")
     assert last.best_secs <= last.default_secs
     assert last.elapsed_secs <= found.secs
-    assert found.secs < 60
 
 
 def test_metaschedule_keeps_its_database_in_the_work_folder(found: Found) -> None:
@@ -158,14 +158,18 @@ def test_a_bundle_says_where_its_decisions_are_from(with_record: Found, tmp_path
     assert set(tvm_sepconv.load(tmp_path / "b.sepconv")) == set(layers)
 
 
-def test_tuning_again_starts_from_what_is_known(found: Found, tmp_path: Path) -> None:
+def test_tuning_again_starts_from_what_is_known(
+    found: Found, builds_here: None, tmp_path: Path
+) -> None:
     # Two trials are the default and the record's decisions, or one that the search proposes.
     (tmp_path / "logs").mkdir()
     space = Space(CONFIG, TARGET, STEPS)
     known = min(space.tilings - {space.default}, key=str)
     slow = {"decisions": known.to_dict(), "median_secs": 1e-9}  # of another, dreamlike machine
     logs.write(dataclasses.replace(found.result.record, **slow), tmp_path / "logs")
-    result = tune.tune(CONFIG, TARGET, 1, STEPS, trials=2, work_dir=tmp_path / "work")
+    result = tune.tune(
+        CONFIG, TARGET, 1, STEPS, trials=2, work_dir=tmp_path / "work", runner=Inventing()
+    )
     assert result.progress.trials == 2
     libraries = {path.name for path in (tmp_path / "work").rglob("*.so")}
     assert builder.library(Path(), known).name in libraries
@@ -173,10 +177,50 @@ def test_tuning_again_starts_from_what_is_known(found: Found, tmp_path: Path) ->
     assert record == logs.Record.from_dict(json.loads(json.dumps(result.record.to_dict())))
 
 
-def test_stopping_keeps_what_was_found(tmp_path: Path) -> None:
+class Lengths(Inventing):
+    """Every candidate is faster than the one before, and the last ones lose on longer inputs.
+
+    Parameters
+    ----------
+    losing
+        How many of those that were measured last.
+    """
+
+    workers = 1
+
+    def __init__(self, losing: int) -> None:
+        super().__init__()
+        self.losing, self.seen, self.steps = losing, dict[str, int](), set[int]()
+
+    def measure(self, task: Path, libraries: Sequence[str], rounds: int) -> list[list[float]]:
+        super().measure(task, libraries, rounds)
+        steps = measure.loaded(task).cases[0].x.shape[1]
+        self.steps.add(steps)
+        numbers = [self.seen.setdefault(name, len(self.seen)) for name in self.asked[-1]]
+        if steps == STEPS:
+            return [[1e-4 - 1e-6 * number] * rounds for number in numbers]
+        lost = len(self.seen) - self.losing
+        return [
+            [1e-4 if 0 < number < lost else 2e-4 + 1e-6 * number] * rounds for number in numbers
+        ]
+
+
+@pytest.mark.parametrize(("losing", "won"), [(0, 4), (1, 3), (4, 0)])
+def test_the_winner_does_not_lose_to_the_default_on_a_longer_input(
+    losing: int, won: int, builds_here: None, tmp_path: Path
+) -> None:
+    runner = Lengths(losing)
+    result = tune.tune(CONFIG, TARGET, 1, STEPS, trials=5, work_dir=tmp_path, runner=runner)
+    assert runner.steps == {STEPS, 4 * STEPS}
+    decisions = dict(read_history(result.history).trials[won].decisions or {})
+    assert cpu.Tiling.from_dict(dict(result.decisions or {})) == cpu.Tiling.from_dict(decisions)
+    assert result.best_secs == pytest.approx(1e-4 - 1e-6 * won)
+
+
+def test_stopping_keeps_what_was_found(builds_here: None, tmp_path: Path) -> None:
     trials = [0]
     result = tune.tune(
-        CONFIG, TARGET, 1, STEPS, trials=4, work_dir=tmp_path,
+        CONFIG, TARGET, 1, STEPS, trials=4, work_dir=tmp_path, runner=Inventing(),
         report=lambda now: trials.append(now.trials), should_stop=lambda: max(trials) >= 2,
     )  # fmt: skip
     assert max(trials) == 2
@@ -205,6 +249,26 @@ def test_the_history_has_every_trial_and_the_end(found: Found) -> None:
     }  # fmt: skip
     best = best_at(whole.path, [1, TRIALS, TRIALS + 1])
     assert best == {1: whole.trials[0].median_secs, TRIALS: found.reports[-1].best_secs}
+
+
+def test_metaschedules_own_space_is_searched_and_never_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(default_space, "STRATEGY", "replay-trace")  # an evolution takes a minute
+    monkeypatch.setattr(jit, "cache_root", lambda: tmp_path / "cache")
+    shown: list[Progress] = []
+    result = tune.tune(
+        CONFIG, TARGET, 1, STEPS, trials=3, work_dir=tmp_path / "work", space="metaschedule",
+        report=lambda now: shown.append(dataclasses.replace(now)),
+    )  # fmt: skip
+    assert (result.record, result.path) == (None, None)
+    assert not list(tmp_path.rglob(f"{TARGET.name}.jsonl"))
+    whole = read_history(result.history)
+    assert (whole.header["space"], whole.header["steps"]) == ("metaschedule", STEPS)
+    assert [trial.trial for trial in whole.trials] == [1, 2, 3]
+    measured = [trial.median_secs for trial in whole.trials if trial.secs]
+    assert measured and result.best_secs == min(measured)
+    assert (shown[-1].trials, shown[-1].run_failures) == (3, 3 - len(measured))
 
 
 @pytest.mark.parametrize(
