@@ -15,6 +15,13 @@ from typing import Any, Concatenate, ParamSpec, cast
 import numpy as np
 import numpy.typing as npt
 
+__all__ = [
+    "celu", "elu", "exponential", "gelu", "glu", "hard_shrink", "hard_sigmoid", "hard_silu",
+    "hard_tanh", "leaky_relu", "linear", "log_sigmoid", "log_softmax", "mish", "relu", "relu6",
+    "selu", "sigmoid", "silu", "soft_shrink", "softmax", "softplus", "softsign", "sparse_plus",
+    "sparse_sigmoid", "sparsemax", "squareplus", "tanh", "tanh_shrink", "threshold",
+]  # fmt: skip
+
 Array = npt.NDArray[Any]
 P = ParamSpec("P")
 

@@ -12,109 +12,13 @@ from typing import Any, cast
 
 import numpy.typing as npt
 
-from tvm_sepconv.activation_functions import (
-    celu as celu,
-)
-from tvm_sepconv.activation_functions import (
-    elu as elu,
-)
-from tvm_sepconv.activation_functions import (
-    exponential as exponential,
-)
-from tvm_sepconv.activation_functions import (
-    gelu as gelu,
-)
-from tvm_sepconv.activation_functions import (
-    glu as glu,
-)
-from tvm_sepconv.activation_functions import (
-    hard_shrink as hard_shrink,
-)
-from tvm_sepconv.activation_functions import (
-    hard_sigmoid as hard_sigmoid,
-)
-from tvm_sepconv.activation_functions import (
-    hard_silu as hard_silu,
-)
-from tvm_sepconv.activation_functions import (
-    hard_tanh as hard_tanh,
-)
-from tvm_sepconv.activation_functions import (
-    leaky_relu as leaky_relu,
-)
-from tvm_sepconv.activation_functions import (
-    linear as linear,
-)
-from tvm_sepconv.activation_functions import (
-    log_sigmoid as log_sigmoid,
-)
-from tvm_sepconv.activation_functions import (
-    log_softmax as log_softmax,
-)
-from tvm_sepconv.activation_functions import (
-    mish as mish,
-)
-from tvm_sepconv.activation_functions import (
-    relu as relu,
-)
-from tvm_sepconv.activation_functions import (
-    relu6 as relu6,
-)
-from tvm_sepconv.activation_functions import (
-    selu as selu,
-)
-from tvm_sepconv.activation_functions import (
-    sigmoid as sigmoid,
-)
-from tvm_sepconv.activation_functions import (
-    silu as silu,
-)
-from tvm_sepconv.activation_functions import (
-    soft_shrink as soft_shrink,
-)
-from tvm_sepconv.activation_functions import (
-    softmax as softmax,
-)
-from tvm_sepconv.activation_functions import (
-    softplus as softplus,
-)
-from tvm_sepconv.activation_functions import (
-    softsign as softsign,
-)
-from tvm_sepconv.activation_functions import (
-    sparse_plus as sparse_plus,
-)
-from tvm_sepconv.activation_functions import (
-    sparse_sigmoid as sparse_sigmoid,
-)
-from tvm_sepconv.activation_functions import (
-    sparsemax as sparsemax,
-)
-from tvm_sepconv.activation_functions import (
-    squareplus as squareplus,
-)
-from tvm_sepconv.activation_functions import (
-    tanh as tanh,
-)
-from tvm_sepconv.activation_functions import (
-    tanh_shrink as tanh_shrink,
-)
-from tvm_sepconv.activation_functions import (
-    threshold as threshold,
-)
+from tvm_sepconv import activation_functions as functions
+from tvm_sepconv.activation_functions import *  # noqa: F403 - all that its __all__ has
 
 Array = npt.NDArray[Any]
 Activation = Callable[..., Any]
 
-_FUNCTIONS: dict[str, Activation] = {
-    fn.__name__: fn
-    for fn in (
-        relu, leaky_relu, relu6, softmax, celu, elu, selu, softplus, softsign, squareplus,
-        soft_shrink, sparse_plus, silu, gelu, glu, tanh, tanh_shrink, threshold, sigmoid,
-        sparse_sigmoid, exponential, hard_sigmoid, hard_silu, hard_tanh, hard_shrink, linear,
-        mish, log_softmax, log_sigmoid, sparsemax,
-    )
-}  # fmt: skip
+_FUNCTIONS: dict[str, Activation] = {n: getattr(functions, n) for n in functions.__all__}
 _ALIASES = {"swish": "silu", "hard_swish": "hard_silu"}
 
 NAMES = frozenset(_FUNCTIONS)
@@ -150,21 +54,21 @@ class ActivationLayer:
 
 # The layers' own defaults: LeakyReLU's slope is 0.3 where leaky_relu's is 0.2.
 _LAYERS: dict[str, tuple[Activation, dict[str, Any]]] = {
-    "ReLU": (relu, {"max_value": None, "negative_slope": 0.0, "threshold": 0.0}),
-    "LeakyReLU": (leaky_relu, {"negative_slope": 0.3}),
-    "ELU": (elu, {"alpha": 1.0}),
-    "Softmax": (softmax, {"axis": -1}),
+    "ReLU": (functions.relu, {"max_value": None, "negative_slope": 0.0, "threshold": 0.0}),
+    "LeakyReLU": (functions.leaky_relu, {"negative_slope": 0.3}),
+    "ELU": (functions.elu, {"alpha": 1.0}),
+    "Softmax": (functions.softmax, {"axis": -1}),
 }
 
 # Parameters that make a layer one of the named functions, which a kernel can apply.
 _PLAIN: dict[ActivationLayer, Activation] = {
     ActivationLayer(class_name, tuple(sorted(parameters.items()))): fn
     for class_name, parameters, fn in (
-        ("ReLU", {"max_value": None, "negative_slope": 0.0, "threshold": 0.0}, relu),
-        ("ReLU", {"max_value": 6.0, "negative_slope": 0.0, "threshold": 0.0}, relu6),
-        ("LeakyReLU", {"negative_slope": 0.2}, leaky_relu),
-        ("ELU", {"alpha": 1.0}, elu),
-        ("Softmax", {"axis": -1}, softmax),
+        ("ReLU", {"max_value": None, "negative_slope": 0.0, "threshold": 0.0}, functions.relu),
+        ("ReLU", {"max_value": 6.0, "negative_slope": 0.0, "threshold": 0.0}, functions.relu6),
+        ("LeakyReLU", {"negative_slope": 0.2}, functions.leaky_relu),
+        ("ELU", {"alpha": 1.0}, functions.elu),
+        ("Softmax", {"axis": -1}, functions.softmax),
     )
 }
 
@@ -220,7 +124,7 @@ def get(identifier: Any) -> Activation:
         If it is none of these.
     """
     if identifier is None:
-        return linear
+        return functions.linear
     fn: Any = identifier
     if isinstance(identifier, str):
         fn = _FUNCTIONS.get(_ALIASES.get(identifier, identifier))

@@ -147,13 +147,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
-        found = (
-            "has no " + MANIFEST
-            if path.is_dir()
-            else "is a file"
-            if path.exists()
-            else "is not there"
-        )
+        found = "is a file" if path.exists() else "is not there"
+        found = f"has no {MANIFEST}" if path.is_dir() else found
         raise BundleError(
             f"{path} is not a bundle: it {found}. Expected a folder that `layer.save(path)` wrote"
         ) from error
@@ -161,10 +156,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise BundleError(
             f"{path / MANIFEST} cannot be read ({error}). Check its permissions"
         ) from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # no UTF-8, no JSON, numbers or nesting beyond reason
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, or nested beyond reason
         raise BundleError(
             f"{path / MANIFEST} is damaged ({error}). Copy the bundle again or save it anew"
         ) from error
@@ -225,7 +217,10 @@ def _choose(bundle: Bundle, target: str | None) -> str:
     if target is not None:
         target = targets.resolve(target)
         if target not in bundle.targets:
-            raise BundleError(f"{bundle.path} has no library for {target}; it has {bundle.targets}")
+            raise BundleError(
+                f"{bundle.path} has no library for {target}; it has {', '.join(bundle.targets)}. "
+                f'Save the layers with `targets=["{target}"]` too, or leave the target out'
+            )
         if target in able or is_cuda(target):
             return target
     wanted = (target,) if target else bundle.targets

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from tvm_sepconv import __version__
 from tvm_sepconv.bench import command as bench
 from tvm_sepconv.bundle import BundleError
 from tvm_sepconv.commands import (
@@ -57,6 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGINT
     except (OSError, ValueError, BundleError) as error:
         message = str(error)
+    except ImportError as error:
+        if error.name is not None:  # Python's own has one; without it it is an extra to install
+            raise
+        message = str(error)
     except RuntimeError as error:
         if type(error) is not RuntimeError:  # TVM's own errors are subclasses: no user's fault
             raise
@@ -66,7 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("tvm-sepconv", description="Compiled separable convolutions.")
+    parser = argparse.ArgumentParser(
+        "tvm-sepconv",
+        description="Tune, compile, time and deploy fused SeparableConv1D layers. "
+        "`tvm-sepconv COMMAND --help` says more about each command.",
+    )
+    parser.add_argument("--version", action="version", version=f"tvm-sepconv {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.add_arguments(

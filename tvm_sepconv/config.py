@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tvm_sepconv import activations, arguments, constraints, initializers, regularizers
 from tvm_sepconv.arguments import Padding
-from tvm_sepconv.kernel_config import DTYPE_BYTES, KernelConfig
+from tvm_sepconv.kernel_config import KernelConfig
 
 __all__ = ["KernelConfig", "SepConvConfig"]
 
@@ -242,6 +241,14 @@ class SepConvConfig:
         """The shape of `bias`, whether the layer has one or not."""
         return (self.filters,)
 
+    def weight_shapes(self, channels: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the weights that the layer has, by name, in Keras's order."""
+        shapes = {
+            "depthwise_kernel": self.depthwise_shape(channels),
+            "pointwise_kernel": self.pointwise_shape(channels),
+        }
+        return {**shapes, "bias": self.bias_shape} if self.use_bias else dict(shapes)
+
     def pad_amounts(self, steps: int) -> tuple[int, int]:
         """Return the zeros put (before, after) `steps`; for "same" the larger half is after."""
         if not isinstance(self.padding, str):
@@ -275,7 +282,13 @@ class SepConvConfig:
         ValueError
             In Keras's words, if it cannot.
         """
-        shape = tuple(input_shape)
+        try:
+            shape = tuple(input_shape)
+        except TypeError as error:
+            raise ValueError(
+                "The `input_shape` argument must be three numbers: batch, steps and channels in "
+                f"the order of data_format='{self.data_format}'. Received: {input_shape}"
+            ) from error
         layer = f"Input 0 with name 'None' of layer '{self.name}' is incompatible with the layer: "
         if len(shape) < 3:
             raise ValueError(
@@ -333,13 +346,6 @@ class SepConvConfig:
     def flops(self, batch: int, steps: int, channels: int) -> int:
         """Return the floating-point operations of one call on `steps` input steps."""
         return self.kernel_config(channels).flops(batch, self.out_steps(steps))
-
-    def bytes_moved(self, batch: int, steps: int, channels: int) -> int:
-        """Return the bytes of input, weights and output, each once, in the compute dtype."""
-        weights = math.prod(self.depthwise_shape(channels))
-        weights += math.prod(self.pointwise_shape(channels)) + self.use_bias * self.filters
-        data = batch * (steps * channels + self.out_steps(steps) * self.filters)
-        return DTYPE_BYTES[self.compute_dtype] * (weights + data)
 
     def kernel_config(self, channels: int) -> KernelConfig:
         """Return what a kernel for inputs of `channels` is compiled from."""

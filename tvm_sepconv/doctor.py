@@ -22,7 +22,6 @@ OK, NOTE, WARNING, PROBLEM = "ok", "note", "warning", "problem"
 BASE = ("numpy", "apache-tvm-ffi", "safetensors")
 # Distributions of the extras that commands need; pyproject.toml says why each.
 EXTRAS = {
-    "compiler": ("apache-tvm",),
     "tune": ("xgboost-cpu|xgboost", "cloudpickle", "psutil", "tornado", "rich"),
     "cross": ("ziglang",),
     "h5": ("h5py",),
@@ -126,7 +125,7 @@ def _packages() -> Iterator[Finding]:
 
 def _extras() -> Iterator[Finding]:
     complete = []
-    for extra, distributions in list(EXTRAS.items())[1:]:
+    for extra, distributions in EXTRAS.items():
         names = [(name, any(map(version, name.split("|")))) for name in distributions]
         absent = [name.partition("|")[0] for name, there in names if not there]
         install = f"pip install 'tvm-sepconv[{extra}]'"

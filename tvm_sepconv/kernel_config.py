@@ -60,7 +60,6 @@ class KernelConfig:
                     f"Invalid value for argument `{name}`. Expected one of {allowed}. "
                     f"Received {name}={getattr(self, name)}."
                 )
-
         rows = _SCRATCH_STEPS * self.strides + self.effective_kernel
         scratch_bytes = 8 * rows * (self.channels + 64)
         if scratch_bytes > SCRATCH_LIMIT_BYTES:
@@ -81,6 +80,13 @@ class KernelConfig:
     def effective_kernel(self) -> int:
         """Steps from the first to the last tap, both included."""
         return (self.kernel_size - 1) * self.dilation_rate + 1
+
+    @property
+    def sizes(self) -> str:
+        """Its sizes for people, the usual ones left out: 64→256 k33 s2."""
+        words = [f"{self.channels}→{self.filters}", f"k{self.kernel_size}"]
+        rare = {"s": self.strides, "d": self.dilation_rate, "m": self.depth_multiplier}
+        return " ".join([*words, *(f"{letter}{n}" for letter, n in rare.items() if n > 1)])
 
     def flops(self, batch: int, out_steps: int) -> int:
         """Return the floating-point operations of one call, a multiply-add being two."""

@@ -27,6 +27,11 @@ class BuildOptions:
     fast_math: bool = False
 
     def __post_init__(self) -> None:
+        if self.target is not None and not isinstance(self.target, str):
+            raise ValueError(
+                "The `target` argument must be a name such as 'x86_64-avx2', or None. "
+                f"Received: target={self.target!r}"
+            )
         for name in ("allow_tf32", "fast_math"):
             value = getattr(self, name)
             if not isinstance(value, bool):
@@ -43,3 +48,13 @@ class BuildOptions:
     def suffix(self) -> str:
         """What tells files of libraries apart that differ in these choices only."""
         return "_tf32" * self.allow_tf32 + "_fastmath" * self.fast_math
+
+
+def checked(options: BuildOptions | None) -> BuildOptions:
+    """Return `options`, the usual ones for None; a TypeError for anything else."""
+    if options is not None and not isinstance(options, BuildOptions):
+        raise TypeError(
+            "The `options` argument must be a BuildOptions, such as "
+            f"BuildOptions(allow_tf32=True), or None. Received: {options!r}"
+        )
+    return options or BuildOptions()

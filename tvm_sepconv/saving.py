@@ -10,8 +10,7 @@ from tvm_sepconv import cuda_runtime, cuda_tensors
 from tvm_sepconv.bundle import Bundle, BundleError, open_bundle, read_manifest, usable
 from tvm_sepconv.config import SepConvConfig
 from tvm_sepconv.layer import SeparableConv1D
-from tvm_sepconv.options import BuildOptions
-from tvm_sepconv.weights import WEIGHTS
+from tvm_sepconv.options import BuildOptions, checked
 
 C_FILES = ("tvm_sepconv.h", "example.c")
 
@@ -38,19 +37,32 @@ def save(
 
     Raises
     ------
+    TypeError
+        If `layers` is no dict of layers of this package, or `options` are no `BuildOptions`.
     ValueError
-        If a layer is not built, a target unknown or said twice, or CUDA has no kernel for a layer.
+        If a layer is not built, a target unknown, or CUDA has no kernel for a layer.
     RuntimeError
         If the compiler is not installed, naming the extra, or a linker or nvcc is missing.
     """
-    if options is not None and options.target is not None:
+    options = checked(options)
+    if options.target is not None:
         raise ValueError(
             "The `options` argument of `save` must have no target: the `targets` argument says "
             f"them. Received: options.target={options.target!r}"
         )
     from tvm_sepconv import jit  # here, as in layer.py
 
-    for layer in layers.values():
+    if not isinstance(layers, Mapping):
+        raise TypeError(
+            "The `layers` argument must be a dict of layers by name; one layer alone has its own "
+            f"`save`. Received: {type(layers)}"
+        )
+    for name, layer in layers.items():
+        if not isinstance(layer, SeparableConv1D):
+            raise TypeError(
+                "The `layers` argument must have layers of `tvm_sepconv.SeparableConv1D`. "
+                f"Received: {type(layer)} for {name!r}"
+            )
         layer._need_built("save")
     contents = {name: layer._content() for name, layer in layers.items()}
     package = jit.compiler("tvm_sepconv.compiler.package")
@@ -88,16 +100,18 @@ def load(path: str | Path, target: str | None = None, device: Any = None) -> Any
         If the bundle is damaged, of a newer format, or has no library for this machine.
     ValueError
         If `device` is none, or no such GPU is here.
+    ImportError
+        If a layer computes in bfloat16 and ml_dtypes is not installed.
     RuntimeError, MemoryError
         If a GPU is asked for and cannot be used; see `tvm_sepconv.cuda_runtime`.
     """
     bundle, chosen, index = _choose(path, target, device)
+    # Before their weights are read: bfloat16 needs a package, which such a layer asks for.
+    layers = {name: SeparableConv1D._of(config) for name, config in bundle.layers.items()}
     weights = bundle.weights()
-    layers = {}
-    for name, config in bundle.layers.items():
-        layer = SeparableConv1D._of(config)
+    for name, layer in layers.items():
         kernel = bundle.kernel(chosen, name)
-        values = _matching(weights[name], config, kernel, f"{path}: layer '{name}'")
+        values = _matching(weights[name], layer.config, kernel, f"{path}: layer '{name}'")
         layer._restore(kernel["channels"], values)
         layer._take_library(bundle, chosen, name)
         layer._gpu = index
@@ -105,7 +119,6 @@ def load(path: str | Path, target: str | None = None, device: Any = None) -> Any
             layer._ready()
         else:
             cuda_tensors.ready(layer, index)
-        layers[name] = layer
     return next(iter(layers.values())) if len(layers) == 1 else layers
 
 
@@ -136,12 +149,12 @@ def _matching(
     ours = config.kernel_config(channels).to_dict()
     if different := [key for key, value in ours.items() if kernel.get(key) != value]:
         raise BundleError(f"{what} names a library of another {different[0]}. Save it anew")
-    shapes = config.depthwise_shape(channels), config.pointwise_shape(channels), config.bias_shape
-    for key, shape in zip(WEIGHTS[: 2 + config.use_bias], shapes, strict=False):
+    shapes = config.weight_shapes(channels)
+    for key, shape in shapes.items():
         if key not in tensors or tensors[key].shape != shape:
             found = f"one of shape {tensors[key].shape}" if key in tensors else "none"
             raise BundleError(
                 f"{what} needs a {key} of shape {shape}; weights.safetensors has {found}. "
                 "Copy the bundle again or save it anew"
             )
-    return [tensors[key] for key in WEIGHTS[: 2 + config.use_bias]]
+    return [tensors[key] for key in shapes]

@@ -52,6 +52,11 @@ class Subject:
             )
 
     @property
+    def sizes(self) -> str:
+        """Of its kernel, for people: see `KernelConfig.sizes`."""
+        return self.config.kernel_config(self.channels).sizes
+
+    @property
     def input_shape(self) -> tuple[int, int, int]:
         """The input's shape in the layer's data format."""
         if self.config.channel_axis == -1:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import tvm_sepconv
-from tvm_sepconv.bench.case import Case, check, describe
+from tvm_sepconv.bench.case import Case, check
 from tvm_sepconv.bench.contestants import ours
 from tvm_sepconv.bench.timing import Samples, aligned_copies, interleave
 from tvm_sepconv.subjects import Subject
@@ -100,7 +100,7 @@ def _row(subject: Subject, target: str, threads: int) -> Calls:
     several = interleave(turns, ROW_SECS, settle=True) if threads > 1 else {"1": one["kernel"]}
     return Calls(
         id=subject.id,
-        shape=f"{subject.batch}×{subject.steps} {describe(subject.config, subject.channels)}",
+        shape=f"{subject.batch}×{subject.steps} {subject.sizes}",
         flops=subject.config.flops(subject.batch, subject.steps, subject.channels),
         threaded=several.get(str(threads)) if threads > 1 else None,
         alone=several["1"],

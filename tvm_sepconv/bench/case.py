@@ -50,16 +50,12 @@ class Case:
     def of_subject(cls, subject: Subject, target: str = "") -> Case:
         """Draw an input for a subject, and weights if it has none; the same ones each time."""
         config, draw = subject.config, np.random.default_rng(0)
-        shapes: list[tuple[int, ...]] = [
-            config.depthwise_shape(subject.channels),
-            config.pointwise_shape(subject.channels),
-        ]
-        shapes += [config.bias_shape] * config.use_bias
+        shapes = config.weight_shapes(subject.channels).values()
         drawn = tuple(draw.standard_normal(shape, np.float32) for shape in shapes)
         weights = subject.weights or drawn
         x = draw.standard_normal(subject.input_shape, np.float32)
         terms = (weights[0], weights[1], weights[2] if config.use_bias else None, config)
-        length = config.kernel_size + shapes[1][1]
+        length = config.kernel_size + weights[1].shape[1]
         rounding = 4 * float(np.finfo(np.float32).eps) * length**0.5
         bound = rounding * reference.magnitude(x, *terms)
         sums = reference.separable_conv1d(x, *terms, activate=False)
@@ -147,10 +143,3 @@ def check(name: str, output: Array, expected: Array, allowed: Array) -> None:
             f"more than allowed. Expected: {expected[worst]} ± {allowed[worst]:.2g} at "
             f"{tuple(map(int, worst))}. Received: {output[worst]}"
         )
-
-
-def describe(config: SepConvConfig, channels: int) -> str:
-    """Return a layer's shape in one word each: 64→256 k33 s2."""
-    words = [f"{channels}→{config.filters}", f"k{config.kernel_size}"]
-    rare = {"s": config.strides, "d": config.dilation_rate, "m": config.depth_multiplier}
-    return " ".join([*words, *(f"{letter}{n}" for letter, n in rare.items() if n > 1)])

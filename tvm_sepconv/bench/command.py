@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tvm_sepconv import paths
 from tvm_sepconv import selection as layers
 from tvm_sepconv.bench import (
     calls,
@@ -187,15 +188,17 @@ def _numbered(path: Path | None, threads: int) -> Path | None:
 
 
 def _read(path: Path) -> Report | Sweep | Spaces:
+    paths.file("--from", path)
+    kinds: dict[str, type[Report | Sweep | Spaces]] = {
+        "spaces_format": Spaces, "sweep_format": Sweep, "format": Report,
+    }  # fmt: skip
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"`--from` must name what --json wrote. {path}: {error}") from error
-    if not isinstance(plain, dict):
-        raise ValueError(f"`--from` must name what --json wrote. {path} holds no report")
-    if "spaces_format" in plain:
-        return Spaces.from_dict(plain)
-    return Sweep.from_dict(plain) if "sweep_format" in plain else Report.from_dict(plain)
+        kind = next((kind for key, kind in kinds.items() if key in plain), Report)
+        return kind.from_dict(plain)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        words = error if isinstance(error, ValueError) else f"it has other fields ({error!r})"
+        raise ValueError(f"`--from` must name what --json wrote. {path}: {words}") from error
 
 
 def _command() -> str:

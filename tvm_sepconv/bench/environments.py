@@ -18,7 +18,7 @@ from pathlib import Path
 from tvm_sepconv import jit
 
 # PyTorch's CPU builds are the local versions "+cpu": the plain wheel for x86 Linux draws gigabytes
-# of CUDA. 2.13.0 because it is the last that some mirrors hold as such a build (2026-11).
+# of CUDA. This version is the one that the tests run with.
 ENVIRONMENTS: dict[str, tuple[str, ...]] = {
     "torch": ("torch==2.13.0+cpu", "numpy"),
     "onnxruntime": ("onnxruntime", "onnx"),

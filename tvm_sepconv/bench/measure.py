@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tvm_sepconv import jit
 from tvm_sepconv.bench import contest, environments, limits, machine, roofline
-from tvm_sepconv.bench.case import Case, describe
+from tvm_sepconv.bench.case import Case
 from tvm_sepconv.bench.contestants import CONTESTANTS, Contestant
 from tvm_sepconv.bench.process import ContestantError, Worker, workers
 from tvm_sepconv.bench.report import OURS, Report, Row
@@ -137,7 +137,7 @@ def _row(
     progress("the kernel alone")
     kernel, peak = contest.kernel_alone(contestants[OURS], terms.isa)
     config = subject.config
-    shape = f"{subject.batch}×{subject.steps} {describe(config, subject.channels)}"
+    shape = f"{subject.batch}×{subject.steps} {subject.sizes}"
     row = Row(
         id=subject.id,
         shape=shape,

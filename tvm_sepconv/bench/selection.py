@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from tvm_sepconv import activations, selection, targets
+from tvm_sepconv import activations, paths, selection, targets
 from tvm_sepconv.bench import process
 from tvm_sepconv.bench.contestants import CONTESTANTS
 from tvm_sepconv.bench.report import OURS
@@ -43,9 +43,8 @@ def check(options: argparse.Namespace) -> None:
         contest = given(options, ("cold", "peers", "metaschedule", "html", "json"))
         refuse("`--calls` measures ours alone, warm, and prints what it finds", contest)
     for name in ("json", "html"):
-        path = getattr(options, name)
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"`--{name}` must lie in a folder. There is none called {path.parent}")
+        if getattr(options, name) is not None:
+            paths.new_file(f"--{name}", getattr(options, name))
     if options.metaschedule is not None and options.metaschedule < 1:
         raise ValueError(f"`--metaschedule` must be positive. Received: {options.metaschedule}")
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from tvm_sepconv import jit
 from tvm_sepconv.bench import machine
-from tvm_sepconv.bench.case import describe
 from tvm_sepconv.subjects import Subject
 
 if TYPE_CHECKING:
@@ -199,4 +198,4 @@ def _row(
         best[space] = [value if math.isfinite(value) else None for value in values]
         failed[space] = sum(trial.error is not None for trial in found.trials)
         secs[space] = found.elapsed_secs
-    return Row(subject.id, describe(subject.config, subject.channels), best, failed, secs)
+    return Row(subject.id, subject.sizes, best, failed, secs)

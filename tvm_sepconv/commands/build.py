@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tvm_sepconv import bundle, jit, selection, subjects, targets
+from tvm_sepconv import bundle, jit, paths, selection, subjects, targets
 from tvm_sepconv.commands import scope
 from tvm_sepconv.commands.inspect import origins
 from tvm_sepconv.kernel_config import KernelConfig
@@ -29,7 +29,8 @@ EPILOG = None
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     selection.add_ids(parser, ",".join(scope.DEFAULT_WORKLOADS))
-    scope.add_arguments(parser)
+    scope.add_target(parser)
+    parser.add_argument("--logs", metavar="DIR", help="look for records here first")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="write DIR/<target>/<layer>.so and the runtime "
         "library beside them instead, for C programs and other machines",
@@ -52,9 +53,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"This machine cannot run {target}: name a folder for it with --output")
     named = selection.ids(options) or scope.DEFAULT_WORKLOADS
     kernels = scope.kernels(subjects.of_table(named, selection.FORMATS[0]))
-    scope.use_logs(options.logs)
+    scope.read_logs(options.logs)
     folder = options.output and options.output / target
     if folder is not None:
+        paths.new_folder("--output", options.output)
         folder.mkdir(parents=True, exist_ok=True)
     arithmetic = BuildOptions(allow_tf32=options.allow_tf32, fast_math=options.fast_math)
     build = _for_gpus(target, arithmetic, folder) if on_gpu else _for_cpus(target, folder)

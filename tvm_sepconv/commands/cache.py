@@ -43,7 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     actions.add_parser("show", help="where it is, and what it holds")
-    clear = actions.add_parser("clear", help="remove libraries, also while processes use them")
+    clear = actions.add_parser(
+        "clear", help="remove libraries, also while processes use them",
+        description="Remove libraries but those of the last minute. A process that uses one keeps "
+        "it until it ends; the next call of such a layer compiles it again.",
+    )  # fmt: skip
     clear.add_argument(
         "--older-than", type=float, metavar="DAYS", help="only what was not used for so long"
     )

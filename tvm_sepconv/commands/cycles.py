@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
     decisions = _decisions(options.decisions)
-    scope.use_logs(options.logs)
+    scope.read_logs(options.logs)
     if options.figures:
         others = ["--decisions"] * (decisions is not None) + ["--blocks"] * (options.blocks > 0)
         layers = selection.given_layers(options)

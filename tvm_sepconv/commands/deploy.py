@@ -35,7 +35,7 @@ QUESTION = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, help="a folder that `layer.save` wrote")
     parser.add_argument("place", metavar="user@host:folder", help="the bundle's folder over there")
     parser.add_argument(
         "--target", action="append", metavar="T", help="copy the libraries of this target, without "

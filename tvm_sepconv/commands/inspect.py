@@ -20,7 +20,7 @@ EPILOG = None
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, help="a folder that `layer.save` wrote")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -22,9 +22,19 @@ DESCRIPTION = (
     "Work on tuning logs: <target>.jsonl, one line a record, read from the folders of --logs or "
     "TVM_SEPCONV_LOGS, the user's data folder and the package, in this order."
 )
-EPILOG = (
-    "Of two records of one kernel the faster a step stays if they are of one machine; times of "
-    "different machines do not compare, and the newer stays."
+EPILOG = None
+_SHOW = (
+    "List the records in the order they are read, with the reason for each that does not apply: "
+    "another one comes before it, or it cannot be used."
+)
+_MERGE = (
+    "Put the records of other logs into one's own. Of two records of one kernel the faster a step "
+    "stays if they are of one machine; times of different machines do not compare, and the newer "
+    "stays."
+)
+_PRUNE = (
+    "Take out of logs what is never used: damaged lines, records that the schedule cannot follow, "
+    "and those of kernels that have a better one. It goes to <target>.jsonl.removed."
 )
 APPLIES, SHADOWED, SKIPPED = "applies", "shadowed", "skipped"
 
@@ -32,24 +42,30 @@ APPLIES, SHADOWED, SKIPPED = "applies", "shadowed", "skipped"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="list the records in the order they are read")
+    show = actions.add_parser(
+        "show", help="list the records in the order they are read", description=_SHOW
+    )
     show.add_argument("--target", metavar="T", help="default: all that there are logs of")
     show.add_argument(
         "--workloads", metavar="IDS",
         help="of published layers, or patterns of them or of kernels: QN-*,c64_f128_*",
     )  # fmt: skip
-    show.add_argument("--json", action="store_true", help="for programs")
+    show.add_argument(
+        "--json", action="store_true", help="print a JSON array, an object for each line"
+    )
     show.add_argument("--logs", metavar="DIR", help="look for records here first")
-    merge = actions.add_parser("merge", help="put the records of other logs into one's own")
+    merge = actions.add_parser(
+        "merge", help="put the records of other logs into one's own", description=_MERGE
+    )
     merge.add_argument("sources", nargs="+", type=Path, metavar="SOURCE", help="a log or a folder")
     merge.add_argument(
         "--into", required=True, type=Path, metavar="DIR|FILE", help="a folder, or <target>.jsonl"
     )
     prune = actions.add_parser(
-        "prune", help="take out of logs what is never used; it goes to <target>.jsonl.removed"
+        "prune", help="take out of logs what is never used", description=_PRUNE
     )
     prune.add_argument(
-        "--older-than", type=float, metavar="DAYS", help="and records that are older than this"
+        "--older-than", type=float, metavar="DAYS", help="also records that are older than this"
     )
     prune.add_argument("--target", metavar="T", help="default: all that there are logs of")
     prune.add_argument(
@@ -71,7 +87,7 @@ def _show(options: argparse.Namespace) -> int:
     from tvm_sepconv.compiler.tuning import logs
     from tvm_sepconv.compiler.tuning.records import lines
 
-    scope.use_logs(options.logs)
+    scope.read_logs(options.logs)
     folders = logs.folders()
     rows = [
         (line, *_state(line))

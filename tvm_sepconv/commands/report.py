@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tvm_sepconv import jit, targets
+from tvm_sepconv import jit, paths, targets
 from tvm_sepconv.commands import scope
 
 HELP = "make a page and pictures of what tuning found"
@@ -42,7 +42,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status: 1 if there was nothing to draw."""
     from tvm_sepconv.report import found, page
 
-    scope.use_logs(options.logs)
+    paths.new_folder("--output", options.output)
+    for file in options.bench:
+        paths.file("--bench", file)
+    scope.read_logs(options.logs)
     target = scope.target(options.target) if options.target is not None else None
     work_dir = options.work_dir or scope.work_dir()
     if options.measure:

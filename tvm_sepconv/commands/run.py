@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tvm_sepconv import bundle, runtime, saving
+from tvm_sepconv import bundle, paths, runtime, saving
 
 HELP = "run a bundle's layer on an array"
 DESCRIPTION = (
@@ -20,17 +20,21 @@ EPILOG = None
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--input", type=Path, required=True, metavar="X.npy")
+    parser.add_argument("bundle", type=Path, help="a folder that `layer.save` wrote")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="X.npy", help="what the layer is called on"
+    )
     parser.add_argument("--output", type=Path, metavar="Y.npy", help="where the answer goes")
     parser.add_argument("--layer", metavar="NAME", help="needed if the bundle has several")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="default: as many as there are processors"
+        "--threads", type=int, metavar="N", help="default: as many as this process may use"
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    if options.output is not None:
+        paths.new_file("--output", options.output)
     if options.threads is not None:
         runtime.set_num_threads(options.threads)
     x = _array(options.input)
@@ -46,8 +50,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _array(path: Path) -> Any:
+    paths.file("--input", path)
     try:
-        x = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:  # numpy.load would take archives and pickles as well
+            x = np.lib.format.read_array(file, allow_pickle=False)
     except (EOFError, ValueError) as error:
         raise ValueError(
             f"`--input` must be a .npy file of floating-point numbers, as numpy.save writes it. "

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from tvm_sepconv import jit, targets
+from tvm_sepconv import jit, paths, targets
 from tvm_sepconv.kernel_config import KernelConfig
 from tvm_sepconv.subjects import Subject
 
@@ -16,15 +16,13 @@ from tvm_sepconv.subjects import Subject
 DEFAULT_WORKLOADS = ("QN-B1", "CN-21", "MB-1")
 
 
-def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Add the options that say what a command works for and with."""
-    best = "this machine's best"
+def add_target(command: argparse.ArgumentParser) -> None:
+    """Add the option that says what a command works for."""
     command.add_argument(
-        "--target", metavar="T", help=f"such as x86 ({best}), x86_64-avx2, arm; default: {best}"
-    )
-    command.add_argument(
-        "--logs", metavar="DIR", help="look for records here first, and write them here"
-    )
+        "--target", metavar="T",
+        help="such as x86 (the best level here), x86_64-avx2, arm (a Cortex-A76), aarch64-neon, "
+        "cuda, cuda-sm_90; default: this machine's best instruction set",
+    )  # fmt: skip
 
 
 def kernels(subjects: Iterable[Subject]) -> list[tuple[Subject, KernelConfig]]:
@@ -53,8 +51,15 @@ def target(name: str | None) -> str:
     return targets.resolve(name) if name is not None else here[0]
 
 
+def read_logs(folder: str | None) -> None:
+    """Look for records in `folder` first; a ValueError if there is none."""
+    if folder is not None:
+        paths.folder("--logs", Path(folder))
+    use_logs(folder)
+
+
 def use_logs(folder: str | None) -> None:
-    """Look for records in `folder` first, and write them there."""
+    """Look for records in `folder` first, and write them there, where there may be none yet."""
     if folder is not None:
         others = os.environ.get("TVM_SEPCONV_LOGS")
         os.environ["TVM_SEPCONV_LOGS"] = os.pathsep.join(filter(None, [folder, others]))

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
-from tvm_sepconv import jit, selection, targets
+from tvm_sepconv import jit, paths, selection, targets
 from tvm_sepconv.bench import limits, timing
 from tvm_sepconv.commands import display, scope, tune_cuda
 from tvm_sepconv.commands.display import Display
@@ -44,7 +44,10 @@ SPACES = {"tvm_sepconv": "tvm_sepconv", "auto": "metaschedule"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     selection.add_arguments(parser, ",".join(scope.DEFAULT_WORKLOADS))
-    scope.add_arguments(parser)
+    scope.add_target(parser)
+    parser.add_argument(
+        "--logs", metavar="DIR", help="look for records here first, and write them here"
+    )
     parser.add_argument(
         "--trials", type=int, default=DEFAULT_TRIALS, metavar="N",
         help="candidates to measure for each layer, the default one included; default: %(default)s",
@@ -53,10 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes", type=float, metavar="M",
         help="stop after so long in all; a layer that ends early leaves its time to the others",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: %(default)s")
     parser.add_argument(
-        "--num-threads", type=int, default=1, metavar="N", help="of a call; default: %(default)s"
+        "--seed", type=int, default=0, metavar="S", help="of the search; default: %(default)s"
     )
+    parser.add_argument(
+        "--num-threads", type=int, default=1, metavar="N",
+        help="threads of a call; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument(
         "--space", choices=SPACES, default="tvm_sepconv",
         help="auto: MetaSchedule's own rules, to compare with; never recorded",
@@ -184,9 +190,8 @@ def _check(options: argparse.Namespace) -> None:
     if (options.rpc is None) != (options.key is None):
         given, needed = ("key", "rpc") if options.rpc is None else ("rpc", "key")
         raise ValueError(f"`--{given}` needs --{needed} too: a tracker's address, and a key it has")
-    path = options.json
-    if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
-        raise ValueError(f"`--json` must lie in a folder. There is none called {Path(path).parent}")
+    if options.json not in (None, "-"):
+        paths.new_file("--json", Path(options.json))
 
 
 def _check_tunable(target: str, boards: bool) -> None:

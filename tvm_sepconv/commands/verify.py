@@ -27,7 +27,7 @@ _STEEPEST = 1.76  # slope of an activation: selu's; only an exponential's is mor
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    parser.add_argument("bundle", type=Path)
+    parser.add_argument("bundle", type=Path, help="a folder that `layer.save` wrote")
     parser.add_argument("--target", metavar="T", help="only the libraries of this target")
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
 

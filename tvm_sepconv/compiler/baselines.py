@@ -264,7 +264,7 @@ def _pointwise(
     )
     func = te.create_prim_func([middle, weights, *[bias] * config.use_bias, output])
     sch = Schedule(declare(func, "output", "align=4"))
-    _schedule_pointwise(sch, config, lanes, tiling, shape.batch, step_tile, threads)
+    _schedule_pointwise(sch, config, lanes, tiling, step_tile, threads)
     return sch.mod["main"]
 
 
@@ -273,7 +273,6 @@ def _schedule_pointwise(
     config: KernelConfig,
     lanes: int,
     tiling: Tiling,
-    batch: int,
     step_tile: int,
     threads: int,
 ) -> None:

@@ -5,7 +5,6 @@ A folder has both; `Tuned` runs it.
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import importlib.metadata
 import json
@@ -32,7 +31,7 @@ from tvm_sepconv.compiler.link import toolchain
 from tvm_sepconv.compiler.plain import arranged
 from tvm_sepconv.compiler.static import Shape, set_threads
 from tvm_sepconv.compiler.targets import CpuTarget
-from tvm_sepconv.compiler.tuning import measure
+from tvm_sepconv.compiler.tuning import finalists, measure
 from tvm_sepconv.config import KernelConfig
 
 Array = npt.NDArray[Any]
@@ -183,7 +182,7 @@ def describe(entry: Path, facts: dict[str, Any]) -> None:
         **facts,
         "machine": cpu_name(),
         "tvm": importlib.metadata.version("apache-tvm"),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": finalists.now(),
         "sha256": {name: bundle.sha256(entry / name) for name in (LIBRARY, TABLES)},
     }
     (entry / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 import tvm_sepconv
-from tvm_sepconv.bench.case import check, describe
+from tvm_sepconv.bench.case import check
 from tvm_sepconv.bench.machine import where
 from tvm_sepconv.bench.report import OURS
 from tvm_sepconv.bench.timing import interleave
@@ -105,7 +105,7 @@ def _check(name: str, output: np.ndarray, expected: np.ndarray) -> None:
 
 def _describe(saved: SavedLayer) -> str:
     config = SepConvConfig.from_dict(saved.config)
-    return f"{saved.names[-1]} {describe(config, saved.weights[0].shape[1])}"
+    return f"{saved.names[-1]} {config.kernel_config(saved.weights[0].shape[1]).sizes}"
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def separable_conv1d(
     padding
         "valid", "same" or (left, right), zeros put around the steps.
     data_format
-        "channels_last", which None stands for, or "channels_first".
+        "channels_last" or "channels_first"; None is what the user's keras.json says, as for the
+        layer, and "channels_last" without one.
     activation
         A name of Keras's that applies to each element alone, which the kernel computes; or a
         function of JAX arrays, which is applied afterwards.
@@ -191,7 +192,6 @@ class _Kernel:
     def __init__(self, config: SepConvConfig, channels: int) -> None:
         self.config = config
         self.channels = channels
-        self.calls = 0
         self._files: tuple[Path, Path] | None = None
         self._number = jax_primitive.add_in_place(self._run_in_place)
         self.function = jax_native.differentiable(config, self._compiled)
@@ -223,7 +223,6 @@ class _Kernel:
         layer.runtime.check(layer.call(layer.handle, x, y))
 
     def _layer(self, weights: Sequence[Array]) -> CompiledLayer:
-        self.calls += 1
         return _packed.get(
             id(self), weights, lambda *kept: CompiledLayer(*self._library(), self.config, *kept)
         )

@@ -249,10 +249,7 @@ def _checked_weights(saved: SavedLayer, config: SepConvConfig, model: OpenModel)
     channels = saved.channels
     if channels is None and shapes and len(shapes[0]) == 3:
         channels = shapes[0][1]
-    expected: list[tuple[int, ...]] = []
-    if channels is not None:
-        expected = [config.depthwise_shape(channels), config.pointwise_shape(channels)]
-        expected += [config.bias_shape] if config.use_bias else []
+    expected = [] if channels is None else list(config.weight_shapes(channels).values())
     if not expected or shapes != expected:
         raise ValueError(
             f"The saved weights of layer '{saved.names[-1]}' must fit its configuration: expected "

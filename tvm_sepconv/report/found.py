@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tvm_sepconv.compiler.tuning.logs import Record
 
 OURS, METASCHEDULE = "tvm_sepconv", "metaschedule"  # design spaces, as histories name them
+MOST_NAMES = 8  # of kernels in a line; of more there is the number
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,8 @@ def _missing(found: Found, work_dir: Path) -> Iterable[str]:
         yield "Tuned times: there are no records (tvm-sepconv tune)"
     elif lacking := [r for r in found.records if r.key not in found.times]:
         names = ", ".join(name(record.config) for record in lacking)
+        if len(lacking) > MOST_NAMES:
+            names = f"{len(lacking)} of {len(found.records)} records"
         yield f"Transferred times: not measured for {names} (tvm-sepconv report --measure)"
     if not found.benches:
         yield "Peers: no file of `tvm-sepconv bench --json FILE` was given (--bench FILE)"
