@@ -14,7 +14,6 @@ import cuda_counts
 import hypothesis
 import numpy as np
 import pytest
-from gpu_machine import emulated_gpus, gpus  # noqa: F401  # fixtures
 from quick_searches import builds_here  # noqa: F401  # a fixture
 
 from tvm_sepconv import gpu

@@ -3,7 +3,7 @@
 // The text stands in front of the kernels in every library. `Element` is what the arrays hold:
 // half, nv_bfloat16, or float, whose products are then TF32. Shared memory is one block of bytes,
 // addressed by `shared` and a byte offset, so that every access to it is one of these functions;
-// tests/cuda_emulator/cuda_functions.h defines the same ones for a CPU, with checks.
+// tests/cuda/cuda_emulator/cuda_functions.h defines the same ones for a CPU, with checks.
 //
 // A warp calls the functions marked "warp" together. In the fragments below lane = 4·group + place.
 // mma.sync and cp.async need sm_80; on an older device the functions trap, which the library's

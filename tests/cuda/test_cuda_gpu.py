@@ -185,7 +185,7 @@ def test_arrays_of_jax():
             assert isinstance(y, jax.Array) and y.devices() == {{device}}
             assert_right(layer, inputs() * 2, np.asarray(y))
     """
-    code = textwrap.dedent(script.format(tests=str(Path(__file__).parent)))
+    code = textwrap.dedent(script.format(tests=str(Path(__file__).parents[1])))
     environment = {**os.environ, "JAX_PLATFORMS": ""}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

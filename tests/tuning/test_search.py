@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,8 @@ def test_the_seed_decides_the_first_batch_in_any_process(tmp_path: Path) -> None
         "assert 'tvm.s_tir.tensor_intrin' not in sys.modules"  # 13 s that nobody needs
     )
     command = [sys.executable, "-c", code]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=Path(__file__).parent)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment)
     first, another = (_proposals(seed, tmp_path / "work") for seed in (1, 2))
     output, _ = process.communicate()
     assert process.returncode == 0

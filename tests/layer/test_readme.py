@@ -9,7 +9,7 @@ import pytest
 
 from tvm_sepconv.workloads import workloads
 
-README = Path(__file__).parents[1] / "README.md"
+README = Path(__file__).parents[2] / "README.md"
 EXAMPLES = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 NEEDED = {"keras": ["keras", "h5py"], "torch": ["torch"], "onnx": ["onnx"], "jax": ["jax"]}
 

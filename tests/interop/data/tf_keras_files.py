@@ -1,7 +1,7 @@
 """Writes the files beside it: models that TF-Keras saved, and what it computed with them.
 
 Made on 2026-11-22 with ``pip install tensorflow-cpu==2.21.0 tf_keras==2.21.0`` on Python 3.11:
-``python tests/data/tf_keras_files.py``. TF-Keras is not installed for the tests.
+``python tests/interop/data/tf_keras_files.py``. TF-Keras is not installed for the tests.
 """
 
 from pathlib import Path

@@ -31,7 +31,7 @@ from tvm_sepconv.config import KernelConfig
 TARGET = "aarch64-neon@cortex-a55"
 CONFIG = KernelConfig(channels=16, filters=32, kernel_size=5)
 LAYER = ["--channels", "16", "--filters", "32", "--kernel-size", "5", "--padding", "same"]
-SCHEMA = Path(__file__).parents[1] / "tuning_logs" / "record.schema.json"
+SCHEMA = Path(__file__).parents[2] / "tuning_logs" / "record.schema.json"
 # Two sections, a loop of seven turns in the first, nothing but the marks' code in the second.
 PROGRAM = """
 #include "marks.h"

@@ -44,7 +44,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Worker]]:
-    monkeypatch.setattr(process, "WORKER", (str(Path(__file__).parent / "bench_worker.py"),))
+    monkeypatch.setattr(process, "WORKER", (str(Path(__file__).with_name("bench_worker.py")),))
     workers: list[Worker] = []
 
     def make(key: str) -> Worker:

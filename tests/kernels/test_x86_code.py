@@ -6,7 +6,7 @@ come from a kernel's tiling (hot_loops.py).
 x86_code.json holds the instructions of the hot loops as they were last accepted, and with which TVM
 and LLVM. After a change that is meant to alter them, write it anew and look at the difference:
 
-    REWRITE_COUNTS=1 python -m pytest tests/test_x86_code.py -k instructions_are_as_accepted
+    REWRITE_COUNTS=1 python -m pytest tests/kernels/test_x86_code.py -k instructions_are_as_accepted
 """
 
 from __future__ import annotations

@@ -160,7 +160,7 @@ def test_extras_are_complete_incomplete_or_not_there(installed: dict[str, Any]) 
 
 def test_the_versions_are_those_of_the_project() -> None:
     tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
-    text = Path(__file__).parents[1].joinpath("pyproject.toml").read_text()
+    text = Path(__file__).parents[2].joinpath("pyproject.toml").read_text()
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
     assert f"apache-tvm=={doctor.TVM[0]}.{doctor.TVM[1]}.*" in extras["compiler"]
     limit = ".".join(map(str, doctor.FFI_CRASHES))

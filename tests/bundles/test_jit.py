@@ -43,7 +43,7 @@ RUN = """
 
 
 def start(code: str = RUN, **variables: str) -> subprocess.Popen[str]:
-    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), **variables}
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)],

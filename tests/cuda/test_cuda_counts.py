@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("tvm_ffi")
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 MODULE = """
 import cuda_counts, pytest
 

@@ -25,7 +25,7 @@ from waiting import LIMIT_SECS, until
 from tvm_sepconv.compiler.tuning import log_writing, logs, records
 from tvm_sepconv.compiler.tuning.logs import Record
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_what_could_not_be_read_is_not_written(
 
 def start(code: str, *arguments: Any) -> subprocess.Popen[str]:
     """A process of this interpreter with the tests' modules."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,

@@ -1,0 +1,3 @@
+"""GPUs that are not there, for whatever needs some."""
+
+from gpu_machine import emulated_gpus, gpus  # noqa: F401  # fixtures
