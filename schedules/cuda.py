@@ -103,7 +103,7 @@ def candidates(
 
 def _form(config: KernelConfig, allow_tf32: bool, arch: str) -> Any:
     half = config.dtype in ("float16", "bfloat16")
-    capable = int(arch.removeprefix("sm_")) >= cuda_tensor_cores.MINIMUM_CAPABILITY
+    capable = int(arch.removeprefix("sm_")) >= cuda_tensor_cores.TF32_CAPABILITY
     return cuda_tensor_cores if half or (allow_tf32 and capable) else cuda_cores
 
 

@@ -1,7 +1,7 @@
 """CUDA: the layer as one kernel whose pointwise stage runs on the tensor cores.
 
-For float16 and bfloat16, and for float32 where TF32 is allowed, with sums in float32; from sm_80
-on. A thread block owns ``step_tile`` output steps of ``filter_tile`` filters of one sample and
+For float16 and bfloat16, and for float32 where TF32 is allowed (from sm_80 on), with sums in
+float32. A thread block owns ``step_tile`` output steps of ``filter_tile`` filters of one sample and
 takes the channels in chunks of ``channel_tile``:
 
 1. the chunk's input rows with their halo, zeros outside the input, and its pointwise weights come
@@ -17,6 +17,11 @@ takes the channels in chunks of ``channel_tile``:
 Stride s and dilation d need no form of their own: with g = gcd(s, d), taps of one residue modulo
 s/g and steps d/g apart share rows, so that is how a thread's steps lie. channels_first exchanges
 the operands, filters down and steps along, so that neighbours in a lane are neighbours in memory.
+
+sm_75 runs the same kernel with one buffer, as it cannot copy in the background: another block of
+its multiprocessor works meanwhile. The device functions copy at once there and make an mma.sync of
+float16 from two of half the depth. bfloat16 it has none of: each lane gathers its operands by 32
+shuffles for 64 multiply-adds, about half the speed of float32; in place of a schedule of its own.
 
 Shared memory is padded: rows of the two operands are 16 bytes longer than a multiple of 32 (TF32
 weights 32), so that the eight rows of an ldmatrix lie in different banks.
@@ -45,7 +50,8 @@ if TYPE_CHECKING:
 DEVICE_SOURCE = Path(compiler.__file__).parent / "cuda_functions.cuh"
 """The device functions that the kernels call; the text stands before them in a library."""
 
-MINIMUM_CAPABILITY = 80
+TF32_CAPABILITY = ASYNC_CAPABILITY = 80
+"""The first compute capability with TF32, and with copies in the background."""
 
 _SHARED_KIB = {75: 64, 80: 163, 86: 99, 87: 163, 89: 99, 90: 227}
 _REGISTERS = 255
@@ -68,12 +74,14 @@ def functions(config: KernelConfig, tiling: Tiling, aligned: bool) -> dict[str, 
 def refusal(config: KernelConfig, allow_tf32: bool, arch: str, tiling: Tiling) -> str | None:
     """Return why `tiling` cannot serve the layer on `arch`, None where it can."""
     capability = int(arch.removeprefix("sm_"))
-    if capability < MINIMUM_CAPABILITY:
-        return "no mma.sync for this dtype before sm_80"
     if config.accumulation_dtype != "float32" or config.dtype == "float64":
         return "tensor cores add in float32 only"
     if config.dtype == "float32" and not allow_tf32:
         return "TF32 is not allowed"
+    if config.dtype == "float32" and capability < TF32_CAPABILITY:
+        return "no TF32 before sm_80"
+    if tiling.buffers > 1 and capability < ASYNC_CAPABILITY:
+        return "no asynchronous copies before sm_80"
     if shared_bytes(config, tiling) > 1024 * _SHARED_KIB.get(capability, 99):
         return "more shared memory than a block may have"
     # Beside the sums: the window and the results, and addresses.
@@ -183,9 +191,10 @@ def cost(config: KernelConfig, tiling: Tiling, arch: str) -> float:
     moved = operands * tiling.channel_tile * plan.size / 128
     fetched = (plan.rows + tiling.filter_tile) * tiling.channel_tile * plan.size / 48
     registers = tiling.sums + 2 * work + 32
-    kib = _SHARED_KIB.get(int(arch.removeprefix("sm_")), 99)
+    capability = int(arch.removeprefix("sm_"))
+    kib = _SHARED_KIB.get(capability, 99)
     resident = min(65536 // (threads * registers), kib * 1024 // (plan.shared_bytes + 1024))
-    hidden = resident >= 2 and tiling.buffers == 2
+    hidden = resident >= 2 and (tiling.buffers == 2 or capability < ASYNC_CAPABILITY)
     parts = (issued, tensor + moved / 2, fetched)
     chunk = max(parts) + 200 / max(resident, 1) if hidden else sum(parts) + 400
     groups = -(-plan.filters // tiling.filter_tile)

@@ -24,21 +24,22 @@ from tvm_sepconv.compiler.schedules import cuda_tensor_cores as form
         ("sepconv_copy_async_16(buffer, 0, y + 1, true);", "the source is not aligned to 16"),
         ("sepconv_copy_async_4(buffer, 0, y, 5);", "5 bytes of 4"),
         ("sepconv_copy_async_4(buffer, 0, y, 4); sepconv_read<half, 2>(f, 0, buffer, 0);",
-         "sepconv_read: byte 0 .* waits for an asynchronous copy"),
+         "sepconv_at: byte 0 .* waits for an asynchronous copy"),
         ("sepconv_copy_async_4(buffer, 0, y, 4); sepconv_leave<half, 1>(buffer, 2, f, 0);",
-         "sepconv_leave: byte 2 .* waits for an asynchronous copy"),
+         "sepconv_at: byte 2 .* waits for an asynchronous copy"),
         ("sepconv_copy_async_4(buffer, 4 * threadIdx.x, y, 4);", "thread 0 never waits for its"),
         ("if (threadIdx.x < 9) sepconv_matrices(r, 0, buffer, 0);", "divergent warp .* 9 at a b"),
         ("if (threadIdx.x < 9) sepconv_matrices(r, 0, buffer, 0);\n"
-         "else sepconv_multiply<half>(f, 0, r, 0, r, 0);", "matrices, 9 at sepconv_multiply"),
-        ("sepconv_put_pair<float>(y + 1, 0, 0);", "sepconv_put_pair: .* not aligned to 8"),
-        ("sepconv_weights<2>(f, y + 1);", "sepconv_weights: .* not aligned to 8"),
+         "else sepconv_multiply<half>(f, 0, r, 0, r, 0);", "matrices, 9 at sepconv_mma"),
+        ("sepconv_put_pair<float>(y + 1, 0, 0);", "sepconv_as: .* not aligned to 8"),
+        ("sepconv_weights<2>(f, y + 1);", "sepconv_as: .* not aligned to 8"),
     ],
 )  # fmt: skip
 def test_emulator_reports_what_a_gpu_forbids(body, message, tmp_path):
     if shutil.which("g++") is None:
         pytest.skip("the CUDA emulator needs g++")
     source = f"""#include <cuda.h>
+    {form.DEVICE_SOURCE.read_text()}
     typedef unsigned char uchar;
     extern "C" __global__ void k(float* y) {{
       extern __shared__ __align__(16) uchar buffer[];

@@ -60,25 +60,30 @@ TILINGS = {
 }
 
 
-CASES = cuda_kernels.pairwise(
-    list(SHAPES), list(TILINGS), cuda_kernels.LAYOUTS, DTYPES, cuda_kernels.ALIGNMENTS
-)
+CASES = [  # an sm_75 has no TF32
+    (*case, "bfloat16" if (dtype, arch) == ("float32", "sm_75") else dtype, moves, arch)
+    for *case, dtype, moves, arch in cuda_kernels.pairwise(
+        list(SHAPES), list(TILINGS), cuda_kernels.LAYOUTS, DTYPES, cuda_kernels.ALIGNMENTS,
+        ["sm_80", "sm_75"],
+    )
+]  # fmt: skip
 
 
-def tiling_of(config: KernelConfig, name: str) -> form.Tiling:
+def tiling_of(config: KernelConfig, name: str, arch: str) -> form.Tiling:
     """The tiling of that name, the default where it does not fit."""
     tiling = TILINGS[name]
-    if tiling is not None and form.refusal(config, True, "sm_80", tiling) is None:
+    if tiling is not None and arch == "sm_75":
+        tiling = replace(tiling, buffers=1)
+    if tiling is not None and form.refusal(config, True, arch, tiling) is None:
         return tiling
-    return form.default_tilings(config, allow_tf32=True)[-1 if name == "short" else 0]
+    return form.default_tilings(config, True, arch)[-1 if name == "short" else 0]
 
 
 @functools.cache
 def emitted(config: KernelConfig, tiling: form.Tiling, aligned: bool) -> str:
-    """The kernel's CUDA C with the device functions in front of it."""
+    """The kernel's CUDA C with the device functions in front of it, as in a library."""
     (source,) = cuda_kernels.emit(config, tiling, aligned).values()
-    start = source.index('extern "C" __global__')
-    return source[:start] + form.DEVICE_SOURCE.read_text() + source[start:]
+    return form.DEVICE_SOURCE.read_text() + source
 
 
 def inset(shape: tuple[int, ...], dtype: np.dtype, aligned: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -98,19 +103,19 @@ class Layer:
     """One variant's kernel on the emulator, its weights, and its reference."""
 
     def __init__(self, shape: Shape, tiling_name: str, layout: str, dtype: str, aligned: bool,
-                 folder: Path) -> None:  # fmt: skip
+                 folder: Path, arch: str = "sm_80") -> None:  # fmt: skip
         if shutil.which("g++") is None:
             pytest.skip("the CUDA emulator needs g++")
         self.config = SepConvConfig.parse(**shape.layer, data_format=layout)
         self.kernel_config = replace(self.config.kernel_config(shape.channels), dtype=dtype)
-        self.tiling = tiling_of(self.kernel_config, tiling_name)
+        self.tiling = tiling_of(self.kernel_config, tiling_name, arch)
         self.aligned = aligned and cuda.can_align(self.kernel_config)
         self.rng = np.random.default_rng(0)
         self.dtype = np.dtype(dtype if dtype != "bfloat16" else ml_dtypes.bfloat16)
         self.weights = self._weights(shape.channels)
         self.packed = {name: cuda_kernels.framed(array) for name, array in self._pack().items()}
         self.source = emitted(self.kernel_config, self.tiling, self.aligned)
-        self.kernel = cuda_emulator.Kernel(self.source, folder)
+        self.kernel = cuda_emulator.Kernel(self.source, folder, old=arch == "sm_75")
 
     def _weights(self, channels: int):
         depthwise, pointwise = (
@@ -198,9 +203,11 @@ class Layer:
         assert not wrong.any(), f"{wrong.sum()} of {wrong.size}"
 
 
-@pytest.mark.parametrize(("shape", "tiling", "layout", "dtype", "moves"), CASES)
-def test_is_right_in_every_order_of_its_threads(shape, tiling, layout, dtype, moves, tmp_path):
-    layer = Layer(SHAPES[shape], tiling, layout, dtype, moves == "aligned", tmp_path)
+@pytest.mark.parametrize(("shape", "tiling", "layout", "dtype", "moves", "arch"), CASES)
+def test_is_right_in_every_order_of_its_threads(
+    shape, tiling, layout, dtype, moves, arch, tmp_path
+):
+    layer = Layer(SHAPES[shape], tiling, layout, dtype, moves == "aligned", tmp_path, arch)
     assert layer.tiling.stage_input or shape == "far"
     for batch, steps in SHAPES[shape].sizes:
         x = layer.input(batch, steps)

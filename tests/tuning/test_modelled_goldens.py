@@ -1,9 +1,9 @@
 """Executed instructions and modelled cycles of six layers: neither may rise unnoticed.
 
 The figures hold for the versions of LLVM, QEMU and TVM that they were made with. What gets faster,
-or is meant to get slower, is written down with tests/ as the path of modules:
+or is meant to get slower, is written down by
 
-    PYTHONPATH=tests python tests/tuning/test_modelled_goldens.py --rewrite
+    python tests/tuning/test_modelled_goldens.py --rewrite
 """
 
 from __future__ import annotations

@@ -16,6 +16,43 @@ static const DLTensor* tensor_of(const TVMFFIAny* value) {
   return 0;
 }
 
+/* NumPy's PyArrayObject and the head of its PyArray_Descr: the part of NumPy's binary interface that extensions
+ * compile in. `known_arrays` compares it with what there is before anyone relies on it. */
+typedef struct {
+  void *references, *type, *element_type;
+  char kind, letter, byte_order, flags;
+  int number;
+} numpy_dtype;
+
+typedef struct {
+  void *references, *type;
+  char* data;
+  int rank;
+  intptr_t *shape, *strides; /* strides in bytes */
+  void* base;
+  numpy_dtype* dtype;
+  int flags;
+} numpy_array;
+
+enum { NUMPY_WRITEABLE = 0x400, NUMPY_FLOAT = 11, NUMPY_DOUBLE = 12, NUMPY_HALF = 23 };
+
+/* A 3-D NumPy array of floats in this machine's byte order as a tensor, its sizes kept in `sizes`; else rank 0. */
+static DLTensor tensor_of_array(const numpy_array* a, int64_t sizes[6]) {
+  DLTensor t = {a->data, {kDLCPU, 0}, 0, {kDLFloat, 0, 1}, sizes, sizes + 3, 0};
+  if (a->rank != 3 || a->dtype->byte_order != '=') return t;
+  const int n = a->dtype->number;
+  t.dtype.bits = n == NUMPY_FLOAT ? 32 : n == NUMPY_DOUBLE ? 64 : n == NUMPY_HALF ? 16 : 0;
+  if (!t.dtype.bits) return t;
+  for (int i = 0; i < 3; ++i) {
+    const intptr_t bytes = t.dtype.bits / 8;
+    if (a->strides[i] % bytes) return t;
+    sizes[i] = a->shape[i];
+    sizes[3 + i] = a->strides[i] / bytes;
+  }
+  t.ndim = 3;
+  return t;
+}
+
 /* A view of a 3-D CPU tensor of the layer's dtype whose rows are contiguous, or no data pointer. */
 static tvm_sepconv_view view_of(const tvm_sepconv_library* l, const DLTensor* t) {
   const tvm_sepconv_view none = {0, 0, 0};

@@ -35,9 +35,12 @@ class EmulationError(Exception):
 
 
 class Kernel:
-    """The one kernel of a CUDA C translation unit, compiled for this CPU in `folder`."""
+    """The one kernel of a CUDA C translation unit, compiled for this CPU in `folder`.
 
-    def __init__(self, source: str, folder: Path) -> None:
+    `old` is for what it does on a GPU before sm_80, such as an sm_75.
+    """
+
+    def __init__(self, source: str, folder: Path, old: bool = False) -> None:
         ((name, parameters),) = re.findall(
             r"__global__ void (?:__launch_bounds__\([\d, ]+\) )?(\w+)\(([^)]*)\)\s*{", source
         )
@@ -53,7 +56,7 @@ class Kernel:
             f"  return emulator::launch({name}, arguments, {{grid[0], grid[1], grid[2]}}, "
             "{block[0], block[1], block[2]}, order);\n}\n"
         )
-        flags = ["g++", *_FLAGS, f"-I{Path(__file__).parent}"]
+        flags = ["g++", *_FLAGS, f"-I{Path(__file__).parent}", *["-D__CUDA_ARCH__=750"] * old]
         version = subprocess.run(
             ["g++", "-dumpversion"], capture_output=True, text=True, check=True
         )

@@ -7,7 +7,7 @@ struct nv_bfloat16 {
   nv_bfloat16() = default;
   explicit nv_bfloat16(int) : bits(0) {}  // TVM's zeros
 };
-struct nv_bfloat162 {
+struct __attribute__((aligned(4))) nv_bfloat162 {
   nv_bfloat16 x, y;
   nv_bfloat162() = default;
   nv_bfloat162(nv_bfloat16 x, nv_bfloat16 y) : x(x), y(y) {}

@@ -4,7 +4,7 @@
 
 using half = _Float16;
 using __half = _Float16;
-struct half2 {
+struct __attribute__((aligned(4))) half2 {
   half x, y;
 };
 using __half2 = half2;
