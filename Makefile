@@ -2,6 +2,7 @@
 #
 #   make demo                      name the speaker in 370 recordings through compiled layers
 #   make test                      the tests; test-all adds the full tables
+#   make fuzz MINUTES=10           layers drawn anew against the reference, until the time is over; also SEED=1
 #   make check                     lint, format and types
 #   make tune TARGET=x86           search faster kernels, records into tuning_logs/; also TRIALS=8 MINUTES=10 WORKLOADS=QN-B1,CN-* SEED=1 RPC=host:9190 KEY=rpi4
 #   make build TARGET=x86          compile layers of the workload table, with the records there are
@@ -36,7 +37,7 @@ comma := ,
 CLI = $(VENV)/bin/tvm-sepconv
 SCOPE = --target $(TARGET) $(if $(WORKLOADS),--workloads '$(WORKLOADS)')
 
-.PHONY: setup demo test test-all check tune build bench bench-setup bench-spaces gpu report wheel clean
+.PHONY: setup demo test test-all fuzz check tune build bench bench-setup bench-spaces gpu report wheel clean
 setup: $(VENV)/.has-dev
 
 demo: $(VENV)/.has-demo
@@ -47,6 +48,9 @@ test: $(VENV)/.has-dev
 
 test-all: $(VENV)/.has-dev
 	$(VENV)/bin/python -m pytest $(WORKERS)
+
+fuzz: $(VENV)/.has-dev
+	$(VENV)/bin/python tests/kernels/fuzz.py --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/.has-dev
 	$(VENV)/bin/ruff check
