@@ -92,7 +92,7 @@ clean:
 
 # The tests want PyTorch's CPU build, from its own index where yours has none: the plain wheel draws gigabytes of CUDA.
 TORCH = $(VENV)/bin/pip install --disable-pip-version-check 'torch==2.13.0+cpu'
-AFTER-dev = $(TORCH) || $(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu
+AFTER-dev = $(TORCH) || $(TORCH) --extra-index-url https://download.pytorch.org/whl/cpu || echo 'warning: no CPU build of PyTorch for this Python can be had here: the tests with it will be skipped' >&2
 
 $(VENV)/.has-demo $(VENV)/.has-bench $(VENV)/.has-tune $(VENV)/.has-dev: $(VENV)/.has-%: pyproject.toml | $(VENV)/bin/pip
 	$(VENV)/bin/pip install --disable-pip-version-check --editable '.[$(EXTRAS-$*)$(ZIG)]'
