@@ -7,6 +7,7 @@ import numpy as np
 from tvm_sepconv.bench.limits import Limits
 from tvm_sepconv.bench.report import BESIDE, OURS, REQUIRED, Report, Row
 from tvm_sepconv.bench.roofline import Traffic, traffic
+from tvm_sepconv.bench.sweep import Grid, Point, Sweep
 from tvm_sepconv.bench.timing import Samples
 from tvm_sepconv.kernel_config import KernelConfig
 from tvm_sepconv.workloads import Workload, workloads
@@ -19,6 +20,7 @@ LIMITS = Limits(
     steadiness=0.97,
 )
 TILING = {"step_tile": 64, "register_tile": [4, 4], "depthwise_block": [8, 1]}
+SMALL = Grid(channels=(1, 3), filters=(3,), depth_multipliers=(2,), strides=(1, 2))
 # Somewhat like the frameworks are: times of our kernel, and microseconds a call.
 _SPEEDS = {
     "PyTorch": (5.0, 40.0),
@@ -100,4 +102,19 @@ def _drawn(workload: Workload, draw: np.random.Generator, names: tuple[str, ...]
         whole_call={name: samples(us) for name, us in times.items()},
         forms={name: "2-D, height 1" if us > 100 else "1-D" for name, us in times.items()},
         failures={}, kernel=samples(kernel_us), traffic=moved,
+    )  # fmt: skip
+
+
+def swept(grid: Grid = SMALL, lanes: int = 4) -> Sweep:
+    """A sweep in which each shape takes 1 µs and what its next regular one computes."""
+    points = []
+    for shape in grid.shapes(lanes):
+        channels, filters, multiplier, strides = shape
+        whole = -(-channels // lanes) * -(-filters // lanes)
+        flops = 1000 * channels * filters * multiplier // strides
+        points.append(Point(*shape, kernel_us=1.0 + whole, flops=flops))
+    return Sweep(
+        command="tvm-sepconv bench --sweep", where="Some CPU", target="x86_64-sse42",
+        data_format="channels_last", steps=256, kernel_size=3, lanes=lanes, peak_gflops=59.0,
+        others_processors=0.0, versions={"python": "3"}, grid=grid, points=tuple(points),
     )  # fmt: skip

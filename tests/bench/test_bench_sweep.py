@@ -8,28 +8,12 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from bench_reports import swept
 
 from tvm_sepconv import jit, runtime, targets
 from tvm_sepconv.bench import drawing, sweep, sweep_page
 from tvm_sepconv.bench.case import Case
 from tvm_sepconv.bench.sweep import Grid, Point, Sweep, measure_sweep
-
-SMALL = Grid(channels=(1, 3), filters=(3,), depth_multipliers=(2,), strides=(1, 2))
-
-
-def made_up(grid: Grid = SMALL, lanes: int = 4) -> Sweep:
-    """A sweep in which each shape takes 1 µs and what its next regular one computes."""
-    points = []
-    for shape in grid.shapes(lanes):
-        channels, filters, multiplier, strides = shape
-        whole = -(-channels // lanes) * -(-filters // lanes)
-        flops = 1000 * channels * filters * multiplier // strides
-        points.append(Point(*shape, kernel_us=1.0 + whole, flops=flops))
-    return Sweep(
-        command="tvm-sepconv bench --sweep", where="Some CPU", target="x86_64-sse42",
-        data_format="channels_last", steps=256, kernel_size=3, lanes=lanes, peak_gflops=59.0,
-        others_processors=0.0, versions={"python": "3"}, grid=grid, points=tuple(points),
-    )  # fmt: skip
 
 
 def test_default_grid_is_every_irregular_shape_and_its_regular_ones() -> None:
@@ -40,7 +24,7 @@ def test_default_grid_is_every_irregular_shape_and_its_regular_ones() -> None:
 
 
 def test_regular_neighbour_has_whole_vectors() -> None:
-    one = made_up(Grid(channels=(3, 4, 5), filters=(1, 4), depth_multipliers=(2,), strides=(1,)))
+    one = swept(Grid(channels=(3, 4, 5), filters=(1, 4), depth_multipliers=(2,), strides=(1,)))
     for point in one.asked:
         regular = one.regular(point)
         assert (regular.channels, regular.filters) == (-(-point.channels // 4) * 4, 4)
@@ -50,21 +34,21 @@ def test_regular_neighbour_has_whole_vectors() -> None:
 
 
 def test_rates_and_speeds_are_over_the_regular_ones() -> None:
-    one = made_up()
+    one = swept()
     point = next(p for p in one.asked if p.shape == (1, 3, 2, 1))
     assert point.gflops == pytest.approx(6000 / 2.0 / 1e3)
     assert one.relative_rate(point) == pytest.approx(3 / 16)
     assert one.relative_speed(point) == pytest.approx(1.0)
     slow = Point(*point.shape, kernel_us=4.0, flops=point.flops)
     points = tuple(slow if p == point else p for p in one.points)
-    slower = Sweep(**{**vars(made_up()), "points": points})
+    slower = Sweep(**{**vars(swept()), "points": points})
     assert slower.relative_speed(slow) == pytest.approx(0.5)
     assert slower.worst(1, slower.relative_speed) == [slow]
     assert "Slower than the next regular shape: 1;" in slower.text()
 
 
 def test_text_names_the_worst() -> None:
-    text = made_up().text()
+    text = swept().text()
     assert "4 shapes, 256 steps, kernel size 3" in text
     assert "Below 60 % of the rate of the next regular shape: 4; the least:\n  1→3 m2 " in text
     assert "1→3 s2 m2" in text
@@ -72,20 +56,20 @@ def test_text_names_the_worst() -> None:
 
 
 def test_sweep_survives_json() -> None:
-    one = made_up(Grid())
+    one = swept(Grid())
     assert Sweep.from_dict(json.loads(json.dumps(one.to_dict()))) == one
 
 
 @pytest.mark.parametrize("changes", [{"sweep_format": 99}, {"sweep_format": None}, {"grid": None}])
 def test_json_of_another_version_is_refused(changes: dict[str, object]) -> None:
-    plain = {k: v for k, v in {**made_up().to_dict(), **changes}.items() if v is not None}
+    plain = {k: v for k, v in {**swept().to_dict(), **changes}.items() if v is not None}
     with pytest.raises(ValueError, match=r"bench --sweep --json` .* Measure again"):
         Sweep.from_dict(plain)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_page_has_a_panel_for_each_multiplier_and_stride() -> None:
-    one = made_up(Grid(), lanes=16)
+    one = swept(Grid(), lanes=16)
     text = sweep_page.html(one)
     assert text.count("<svg") == 3
     for multiplier, strides in itertools.product((1, 2, 4), (1, 2)):
@@ -148,4 +132,4 @@ def _spoiled(case: Case) -> Case:
 def test_without_the_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="needs the compiler"):
-        measure_sweep(targets.runnable()[0], grid=SMALL)
+        measure_sweep(targets.runnable()[0], grid=Grid((1,), (1,)))

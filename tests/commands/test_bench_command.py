@@ -11,8 +11,7 @@ from typing import Any
 import command_line
 import numpy as np
 import pytest
-from bench_reports import complete
-from test_bench_sweep import made_up as swept
+from bench_reports import complete, swept
 
 import tvm_sepconv
 from tvm_sepconv import cli, subjects, targets

@@ -60,7 +60,7 @@ def built(config: SepConvConfig, channels: int) -> tuple[Path, ctypes.CDLL]:
 
 def python(code: str, **environment: str) -> str:
     """Run code in a process of its own, with the tests' cache and helpers."""
-    folders = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    folders = map(str, Path(__file__).parents[:3])
     variables = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(folders)}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
