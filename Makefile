@@ -37,7 +37,10 @@ comma := ,
 CLI = $(VENV)/bin/tvm-sepconv
 SCOPE = --target $(TARGET) $(if $(WORKLOADS),--workloads '$(WORKLOADS)')
 
-.PHONY: setup demo test test-all fuzz check tune build bench bench-setup bench-spaces gpu report wheel clean
+.PHONY: help setup demo test test-all fuzz check tune build bench bench-setup bench-spaces gpu report wheel clean
+help:
+	@sed -n 's/^#   //p' Makefile
+
 setup: $(VENV)/.has-dev
 
 demo: $(VENV)/.has-demo

@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from tvm_sepconv import __version__
 from tvm_sepconv.bench import command as bench
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         The exit status: 2 for what the user can put right, 1 if nothing was found.
     """
-    options = _parser().parse_args(arguments)
+    options = _options(arguments)
     try:
         status: int = COMMANDS[options.command].run(options)
         return status
@@ -70,21 +71,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """Takes options by their whole names: an abbreviation may mean another one tomorrow."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, allow_abbrev=False, **more)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line; ends the process with what is wrong, as argparse does."""
+    parser = _Parser(
         "tvm-sepconv",
         description="Tune, compile, time and deploy fused SeparableConv1D layers. "
         "`tvm-sepconv COMMAND --help` says more about each command.",
+        epilog="To begin with: `tvm-sepconv doctor`, then `tvm-sepconv build MB-1`. A trained "
+        "model's layers become a bundle by `tvm-sepconv build --keras FILE --output DIR`, or in "
+        "Python by `tvm_sepconv.from_keras`, `from_torch` or `from_onnx`, and `tvm_sepconv.save`.",
     )
     parser.add_argument("--version", action="version", version=f"tvm-sepconv {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         command.add_arguments(
             commands.add_parser(
                 name, help=command.HELP, description=command.DESCRIPTION, epilog=command.EPILOG
             )
         )
-    return parser
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:  # which argparse itself reports with the options of no command
+        at_fault = commands.choices.get(options.command, parser)
+        at_fault.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        parser.exit(2, "\ntvm-sepconv: error: a COMMAND is needed\n")
+    return options
 
 
 if __name__ == "__main__":

@@ -21,6 +21,47 @@ def test_usage(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -
     assert "usage: tvm-sepconv" in capsys.readouterr().err
 
 
+def test_without_a_command_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([])
+    assert exit_.value.code == 2
+    shown = capsys.readouterr().err
+    assert all(f"\n    {name} " in shown for name in cli.COMMANDS)
+    assert shown.endswith("\ntvm-sepconv: error: a COMMAND is needed\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "prog"),
+    [
+        (("--frob",), "tvm-sepconv"),
+        (("build", "--frob"), "tvm-sepconv build"),
+        (("inspect", "bundle", "--frob"), "tvm-sepconv inspect"),
+        (("cache", "show", "--frob"), "tvm-sepconv cache"),
+    ],
+)
+def test_an_unknown_option_is_reported_with_the_usage_of_its_command(
+    arguments: tuple[str, ...], prog: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"usage: {prog} [-h]")
+    assert shown.endswith(f"\n{prog}: error: unrecognized arguments: --frob\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--vers",), ("build", "--fast"), ("logs", "show", "--lo", "x")], ids=" ".join
+)
+def test_options_are_not_abbreviated(
+    arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert "unrecognized arguments: --" in capsys.readouterr().err
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         cli.main(["--version"])

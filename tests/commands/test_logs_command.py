@@ -54,7 +54,7 @@ def test_records_are_shown_in_read_order_with_what_they_say(
     out = run(capsys, "show").splitlines()
     assert [line for line in out if line.endswith(".jsonl")] == list(map(str, paths))
     row = out[out.index(str(paths[0])) + 2]
-    words = "QN-B1 256→256 k33 1×500 1 650.0 780.0 1.20× 1.0% 48 2026-01-01 a machine"
+    words = "QN-B1 256→256 k33 1×500 1 650.0 µs 780.0 µs 1.20× 1.0% 48 2026-01-01 a machine"
     assert row.split() == words.split()
     assert f"    line 1: shadowed: by {paths[0]}, line 1" in out
     assert out[-1].split()[:2] == ["64→64", "k9"]  # applies: nothing to remark

@@ -7,6 +7,7 @@ import os
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,6 +77,16 @@ def test_nested_model(capsys: pytest.CaptureFixture[str]) -> None:
         "layer", "conv + bn + relu", "inner/conv + bn + swish", "last", "the model",
     ]  # fmt: skip
     assert all(re.search(r"\de[+-]0\d of .* ms .* ms$", line) for line in lines[-4:])
+
+
+def test_what_was_converted_can_be_saved(tmp_path: Path) -> None:
+    ours = convert(nested_model(), data())
+    ours.save(tmp_path / "fast.keras")
+    again = keras.models.load_model(tmp_path / "fast.keras")
+    assert isinstance(again.get_layer("conv"), SeparableConv1D)
+    np.testing.assert_array_equal(
+        again.predict(data(3), verbose=0), ours.predict(data(3), verbose=0)
+    )
 
 
 def test_sequential_and_random_data(capsys: pytest.CaptureFixture[str]) -> None:

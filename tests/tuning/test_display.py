@@ -114,6 +114,9 @@ def test_the_overview_counts_everything(clock_at: list[float], tmp_path: Path) -
         "2 of 6 layers tuned in 1:02:05; 1.00× the default kernels' speed in the geometric mean; "
         "2 FAILED, see above; 1 skipped; 1 not started\nRecorded in x.jsonl"
     )
+    tuning.stopping.set()
+    last = overview(tuning).splitlines()[-1]
+    assert last == "Stopped early: the same command with --resume goes on from there"
 
 
 def test_paths_are_shown_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

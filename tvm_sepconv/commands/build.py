@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_sepconv import bundle, jit, paths, selection, subjects, targets
-from tvm_sepconv.commands import scope
+from tvm_sepconv.commands import build_model, scope
 from tvm_sepconv.commands.inspect import origins
 from tvm_sepconv.kernel_config import KernelConfig
 from tvm_sepconv.options import BuildOptions
@@ -16,14 +16,17 @@ from tvm_sepconv.options import BuildOptions
 Build = Callable[[KernelConfig], tuple[Sequence[dict[str, Any]], Path]]
 """Builds a kernel's library; returns its variants and where it is."""
 
-HELP = "compile layers' libraries, with the records that tuning made"
+HELP = "compile a model into a bundle, or layers' libraries, with the records of tuning"
 DESCRIPTION = (
-    "Compile the libraries of layers. Without --output they go to this user's cache, where layers "
-    "of the same shape find them. To save a layer with its weights use Python: `layer.save(path)`, "
-    "or `tvm_sepconv.save(tvm_sepconv.from_keras(file), path)`. For CUDA nvcc is needed, but no "
-    "GPU: the target cuda is one library for all architectures."
+    "Compile a trained model's separable layers into a bundle to copy to devices, as "
+    "`tvm_sepconv.save` does in Python; or the libraries of published layers: without --output "
+    "they go to this user's cache, where layers of the same shape find them. For CUDA nvcc is "
+    "needed, but no GPU: the target cuda is one library for all architectures."
 )
-EPILOG = None
+EPILOG = (
+    "For example: tvm-sepconv build --keras net.keras --fold --output net.sepconv --target "
+    "aarch64-neon,x86_64-avx2"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     scope.add_target(parser)
     parser.add_argument("--logs", metavar="DIR", help="look for records here first")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help="write DIR/<target>/<layer>.so and the runtime "
-        "library beside them instead, for C programs and other machines",
+        "--output", type=Path, metavar="DIR", help="a model's bundle; or write "
+        "DIR/<target>/<layer>.so and the runtime library beside them, for C programs and other "
+        "machines",
     )  # fmt: skip
     parser.add_argument(
         "--allow-tf32", action="store_true", help="for CUDA: round float32 products to TF32, which "
@@ -42,10 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fast-math", action="store_true", help="for CUDA: nvcc's quick, less accurate functions",
     )  # fmt: skip
+    build_model.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit status."""
+    if selection.given(options, build_model.MODELS):
+        return build_model.run(options)
+    if unfit := selection.given(options, ("fold", "with_c")):
+        raise ValueError(f"`{unfit[0]}` needs --keras or --onnx too, a model's file")
     target = scope.target(options.target)
     on_gpu = bundle.is_cuda(target)
     here = on_gpu or target.partition("@")[0] in targets.runnable()

@@ -41,7 +41,7 @@ class Entry:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("show", help="where it is, and what it holds")
     clear = actions.add_parser(
         "clear", help="remove libraries, also while processes use them",

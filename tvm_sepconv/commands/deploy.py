@@ -22,7 +22,8 @@ HELP = "copy what a device can use of a bundle to it, over ssh"
 DESCRIPTION = (
     "Copy a bundle to a device with the system's rsync, or with ssh and tar where one side has no "
     "rsync: only the libraries that the device would load, into a new folder, which takes the "
-    "place of the old one when it is complete. Which libraries these are the device is asked."
+    "place of the old one when it is complete. Which libraries these are the device is asked. The "
+    "folder c is not copied: it is for compiling C programs."
 )
 EPILOG = "Ports, keys and names of hosts are ssh's own business: ~/.ssh/config."
 

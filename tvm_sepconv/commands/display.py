@@ -133,7 +133,7 @@ def gain(task: Task, tuning: Tuning) -> str:
 
 
 def overview(tuning: Tuning) -> str:
-    """Say what all searches came to, and where the records are."""
+    """Say what all searches came to, where the records are, and how a stopped one goes on."""
     tasks = tuning.tasks
     done = [task for task in tasks if task.worked]
     parts = [f"{len(done)} of {len(tasks)} layers tuned in {clock(tuning.elapsed_secs)}"]
@@ -150,7 +150,10 @@ def overview(tuning: Tuning) -> str:
         if count
     ]
     paths = dict.fromkeys(task.result.path for task in done if task.result and task.result.path)
-    return "\n".join(["; ".join(parts), *(f"Recorded in {short(path)}" for path in paths)])
+    lines = ["; ".join(parts), *(f"Recorded in {short(path)}" for path in paths)]
+    if tuning.stopping.is_set():
+        lines.append("Stopped early: the same command with --resume goes on from there")
+    return "\n".join(lines)
 
 
 def short(path: Path) -> Path:

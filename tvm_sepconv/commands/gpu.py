@@ -18,9 +18,13 @@ EPILOG = "`tvm-sepconv logs merge FOLDER/results/records --into tuning_logs` kee
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    prepare = actions.add_parser("prepare", help="build everything, where nvcc is")
-    prepare.add_argument("folder", type=Path, metavar="FOLDER")
+    actions = parser.add_subparsers(dest="action", required=True)
+    prepare = actions.add_parser(
+        "prepare", help="build everything, where nvcc is",
+        description="Build libraries and candidates, half an hour of it, into a folder to copy to "
+        "the machine with the GPU.",
+    )  # fmt: skip
+    prepare.add_argument("folder", type=Path, metavar="FOLDER", help="what is there is kept")
     prepare.add_argument(
         "--workloads", metavar="IDS", help="of published layers, or patterns; default: the 20"
     )
@@ -35,8 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--arch", choices=targets.CUDA_ARCHS, default="sm_90",
         help="of the GPU that is there; default: %(default)s",
     )  # fmt: skip
-    run = actions.add_parser("run", help="measure, where the GPU is")
-    run.add_argument("folder", type=Path, metavar="FOLDER")
+    run = actions.add_parser(
+        "run", help="measure, where the GPU is",
+        description="The same as `python3 FOLDER`, which needs no tvm-sepconv there.",
+    )  # fmt: skip
+    run.add_argument("folder", type=Path, metavar="FOLDER", help="what prepare made")
     run.add_argument(
         "--minutes",
         type=float,
@@ -46,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--retry", action="store_true", help="do what failed once more")
     report = actions.add_parser("report", help="show what was found")
-    report.add_argument("folder", type=Path, metavar="FOLDER")
+    report.add_argument("folder", type=Path, metavar="FOLDER", help="after it has run")
     report.add_argument("--html", type=Path, metavar="FILE", help="write it as a page, too")
 
 

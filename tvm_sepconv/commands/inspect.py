@@ -15,7 +15,11 @@ DESCRIPTION = (
     "Verify a bundle and show its layers, its targets, and where each kernel's decisions are from: "
     "tuned, transferred from a similar layer's record, or default."
 )
-EPILOG = None
+EPILOG = (
+    "A kernel works in tiles of so many steps; a library has several, for long inputs and for "
+    "short ones. The distance tells how much the layer differs whose record is used; the time is "
+    "what tuning measured."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

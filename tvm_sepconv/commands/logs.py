@@ -41,7 +41,7 @@ APPLIES, SHADOWED, SKIPPED = "applies", "shadowed", "skipped"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions = parser.add_subparsers(dest="action", required=True)
     show = actions.add_parser(
         "show", help="list the records in the order they are read", description=_SHOW
     )
@@ -151,7 +151,7 @@ def _plain(line: Line, state: str, why: str) -> dict[str, Any]:
 
 
 def _print_table(rows: Sequence[tuple[Line, str, str]]) -> None:
-    titles = ("kernel", "input", "threads", "µs", "default", "gain", "noise", "trials", "date")
+    titles = ("kernel", "input", "threads", "time", "default", "gain", "noise", "trials", "date")
     table = [_cells(line.record) if line.record else None for line, _, _ in rows]
     widths = [max(map(len, column)) for column in zip(titles, *filter(None, table), strict=True)]
     file = None
@@ -183,8 +183,8 @@ def _cells(record: Record) -> tuple[str, ...]:
 
 
 def _time(record: Record, secs: float) -> str:
-    """Of a record, in µs; a modelled one has cycles."""
-    return f"{secs * 1e6:.1f}" if record.modelled is None else f"{secs * 1e6:.0f} cycles"
+    """Of a record; a modelled one has cycles."""
+    return f"{secs * 1e6:.1f} µs" if record.modelled is None else f"{secs * 1e6:.0f} cycles"
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int]) -> Iterator[str]:

@@ -112,7 +112,7 @@ def _copy(model: Any, new: dict[int, Any], gone: set[int]) -> Any:
         if id(layer) in new:
             return new[id(layer)]
         if id(layer) in gone:
-            return keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy)
+            return keras.layers.Identity(name=layer.name, dtype=layer.dtype_policy.name)
         pairs.append((layer, type(layer).from_config(layer.get_config())))
         return pairs[-1][1]
 
