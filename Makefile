@@ -4,7 +4,7 @@
 #   make test                      the tests; test-all adds the full tables
 #   make fuzz MINUTES=10           layers drawn anew against the reference, until the time is over; also SEED=1
 #   make check                     lint, format and types
-#   make tune TARGET=x86           search faster kernels, records into tuning_logs/; also TRIALS=8 MINUTES=10 WORKLOADS=QN-B1,CN-* SEED=1 RPC=host:9190 KEY=rpi4
+#   make tune TARGET=x86           search faster kernels, records into tuning_logs/; also TRIALS=8 MINUTES=10 WORKLOADS=QN-B1,CN-* SEED=1 RPC=9190 KEY=rpi4
 #   make build TARGET=x86          compile layers of the workload table, with the records there are
 #   make bench                     time beside other frameworks; also WORKLOADS=QN-B1,QN-C1 THREADS=1,2 HTML=page.html JSON=figures.json
 #   make bench-setup               the frameworks, each into an environment of its own in this user's cache

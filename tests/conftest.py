@@ -56,7 +56,7 @@ LONGEST = (
     "conformance", "runtime", "x86_code", "cuda_build", "search_faults", "tune_end_to_end", "jax",
     "keras_layer", "torch_pairs", "emulated_python", "keras_backends", "search", "jit", "arm",
     "tilings", "modelled_goldens", "tune", "bench_peers", "bench_baselines", "torch_operator",
-    "demo", "boards_tune", "boards", "epilogue",
+    "demo", "cuda_boards", "boards_tune", "boards", "epilogue",
 )  # fmt: skip
 _order = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
 

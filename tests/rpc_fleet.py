@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -57,12 +57,17 @@ SERVER = """if True:
 class Process:
     """One of TVM's RPC programs, with all that it starts."""
 
-    def __init__(self, code: str, log: Path, *arguments: object) -> None:
+    def __init__(
+        self, code: str, log: Path, *arguments: object, variables: Mapping[str, str] | None = None
+    ) -> None:
         self.log, first = log, free_port()
         command = [sys.executable, "-c", code, "127.0.0.1", first, first + PORTS, *arguments]
         with log.open("w") as file:  # a session, so that one signal reaches everything
             self.process = subprocess.Popen(
-                list(map(str, command)), stderr=file, start_new_session=True
+                list(map(str, command)),
+                stderr=file,
+                start_new_session=True,
+                env={**os.environ, **(variables or {})},
             )
 
     @functools.cached_property
@@ -84,10 +89,10 @@ class Process:
 
 
 class Fleet:
-    """A tracker, and as many servers under KEY as a test needs."""
+    """A tracker, and as many servers under KEY as a test needs, with environment `variables`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, variables: Mapping[str, str] | None = None) -> None:
+        self.folder, self.variables = folder, variables
         self.tracker = Process(TRACKER, folder / "tracker.log")
         self.servers: list[Process] = []
         self._numbers = itertools.count()
@@ -102,7 +107,8 @@ class Fleet:
         until(lambda: [self.registered()], "the tracker")
         for _ in range(count - len(self.servers)):
             log = self.folder / f"server{next(self._numbers)}.log"
-            self.servers.append(Process(SERVER, log, self.address.port, KEY))
+            arguments = (self.address.port, KEY)
+            self.servers.append(Process(SERVER, log, *arguments, variables=self.variables))
         ports = {server.port for server in self.servers}
         until(lambda: self.registered() == (ports, len(ports)), f"{count} servers")
         return self.servers

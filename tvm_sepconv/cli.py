@@ -74,14 +74,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class _Parser(argparse.ArgumentParser):
     """Takes options by their whole names: an abbreviation may mean another one tomorrow."""
 
-    def __init__(self, *arguments: Any, **more: Any) -> None:
-        super().__init__(*arguments, allow_abbrev=False, **more)
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(allow_abbrev=False, **arguments)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line; ends the process with what is wrong, as argparse does."""
     parser = _Parser(
-        "tvm-sepconv",
+        prog="tvm-sepconv",
         description="Tune, compile, time and deploy fused SeparableConv1D layers. "
         "`tvm-sepconv COMMAND --help` says more about each command.",
         epilog="To begin with: `tvm-sepconv doctor`, then `tvm-sepconv build MB-1`. A trained "

@@ -31,6 +31,7 @@ FFI_CRASHES = (0, 1, 15)  # the first, with that TVM
 LAYER_LIMIT_SECS = 180
 LISTEN_SECS = 0.4
 BUSY_PROCESSORS = 0.3
+_ON_A_BOARD = "Tune on a board: --rpc HOST:PORT --key KEY"
 # In a process of its own, which may crash: the largest error of a small layer, and the threads.
 _LAYER = """
 import json, numpy, tvm_sepconv
@@ -150,7 +151,7 @@ def _processor(target: str | None) -> Iterator[Finding]:
     if target and not target.startswith("cuda") and target.partition("@")[0] not in here:
         lacking = ", ".join(targets.missing_features(target.partition("@")[0]))
         text = f"{target} can be built, not run or tuned here, for lack of {lacking}"
-        yield Finding(NOTE, "processor", text, "Tune on a board: --rpc HOST:PORT --key KEY")
+        yield Finding(NOTE, "processor", text, _ON_A_BOARD)
 
 
 def _linkers(target: str | None) -> Iterator[Finding]:
@@ -181,11 +182,13 @@ def _linkers(target: str | None) -> Iterator[Finding]:
 
 
 def _cuda(target: str | None) -> Iterator[Finding]:
-    missing = gpu.missing()
-    yield Finding(NOTE, "cuda", f"no NVIDIA GPU: {missing}" if missing else "an NVIDIA GPU")
+    wanted = target is not None and target.startswith("cuda")
+    if missing := gpu.missing():
+        yield Finding(NOTE, "cuda", f"no NVIDIA GPU: {missing}", _ON_A_BOARD if wanted else None)
+    else:
+        yield Finding(NOTE, "cuda", "an NVIDIA GPU")
     if version("apache-tvm") is None:
         return
-    wanted = target is not None and target.startswith("cuda")
     nvcc = jit.compiler("tvm_sepconv.compiler.nvcc")
     try:
         found = nvcc.find()

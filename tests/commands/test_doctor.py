@@ -216,6 +216,9 @@ def test_cuda_is_looked_for(missing: str | None, monkeypatch: pytest.MonkeyPatch
     assert (compiler.status, compiler.text[:27]) == (NOTE, "Building for CUDA needs nvc")
     assert "pip install 'tvm-sepconv[cuda]'" in str(compiler.remedy)
     assert only(doctor._cuda("cuda-sm_90"), PROBLEM).remedy == compiler.remedy
+    assert device.remedy is None
+    wanted = next(doctor._cuda("cuda-sm_90")).remedy
+    assert wanted == ("Tune on a board: --rpc HOST:PORT --key KEY" if missing else None)
     monkeypatch.setattr(doctor, "version", lambda name: None)
     assert len(list(doctor._cuda(None))) == 1
 
@@ -323,12 +326,13 @@ def examined(address: Address, key: str | None, target: str | None) -> list[Find
 def test_boards_that_work_are_named(fleet: Fleet) -> None:
     (server,) = fleet.need(1)
     found = examined(fleet.address, KEY, None)
-    assert {finding.status for finding in found} == {OK}
+    assert [finding.status for finding in found] == [OK] * 4 + [NOTE]
     texts = [finding.text for finding in found]
     assert texts[0] == f"a tracker answers at {fleet.address}"
     assert texts[1] == f"1 under the key '{KEY}', of which 1 free"
     assert re.fullmatch(rf"127.0.0.1:{server.port}: .+ processors; can run {TARGET}", texts[2])
     assert re.fullmatch(rf"a layer built for {TARGET} is right there, and takes .+ µs", texts[3])
+    assert re.match(r"a GPU too: |it has no NVIDIA GPU to use \(", texts[4])
 
 
 def test_without_a_key_there_is_a_list(fleet: Fleet) -> None:

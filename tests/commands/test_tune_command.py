@@ -182,6 +182,7 @@ def test_boards_measure_all_layers(
     class Boards:
         def __init__(self, address: Any, key: str, target: Any, threads: int) -> None:
             opened.append((str(address), key, target.name, threads))
+            self.target = target
 
         def __enter__(self) -> Boards:
             return self

@@ -13,7 +13,8 @@ from fake_searches import FakeTune
 from tvm_sepconv import cli, gpu
 from tvm_sepconv.compiler import nvcc
 from tvm_sepconv.compiler.targets import CudaTarget
-from tvm_sepconv.compiler.tuning import logs, tune
+from tvm_sepconv.compiler.tuning import boards, logs, tune
+from tvm_sepconv.tracker import Address
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,8 @@ def test_without_a_gpu_it_names_the_ways_out(
     monkeypatch.setattr(gpu, "missing", lambda: "the driver finds none")
     message = refused(capsys, "tune", "--target", "cuda")
     assert "measures kernels on an NVIDIA GPU, and this machine has none to use: the dr" in message
-    assert "Run it on a machine with a GPU, its driver and nvcc" in message
+    assert "`tvm-sepconv tune --target cuda --rpc HOST:PORT --key KEY`" in message
+    assert "or run it on a machine with a GPU, its driver and nvcc" in message
     assert "tvm-sepconv gpu prepare FOLDER" in message
     assert "`tvm-sepconv build --target cuda` needs no GPU" in message
     assert fake.calls == []
@@ -53,9 +55,10 @@ def test_without_a_gpu_it_names_the_ways_out(
     ("arguments", "message"),
     [
         (("--target", "cuda-sm_80"), "this machine's is cuda-sm_90: what is measured on one"),
-        (("--target", "cuda", "--space", "auto"), "own GPU. Received also: --space"),
+        (("--target", "cuda-sm_80"), "measure: `tvm-sepconv tune --target cuda-sm_80 --rpc HOST"),
+        (("--target", "cuda", "--space", "auto"), "no threads of ours. Received also: --space"),
         (("--target", "cuda", "--num-threads", "2"), "Received also: --num-threads"),
-        (("--target", "cuda", "--rpc", "9190", "--key", "k"), "Received also: --rpc"),
+        (("--target", "cuda", "--rpc", "9190"), "`--rpc` needs --key too"),
         (("--target", "cuda", "--replay", "."), "name its architecture, such as --target cuda-sm_"),
         (("--target", "x86", "--precision", "tf32"), "of GPUs, --target cuda. .*also: --precision"),
     ],
@@ -115,3 +118,42 @@ def test_what_it_asks_of_a_search(
     out = capsys.readouterr().out
     assert "Tuning MB-1 for cuda-sm_90, up to 32 trials each" in out
     assert "of peak" not in out  # a processor's means nothing here
+
+
+class Jetsons:
+    """In the place of `boards.Boards`: what is behind a key."""
+
+    def __init__(self, address: Address, key: str, target: CudaTarget, threads: int) -> None:
+        self.asked = str(address), key, target, threads
+        self.target = CudaTarget("cuda-sm_87")
+
+    def __enter__(self) -> Jetsons:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_boards_say_what_gpu_they_have(
+    fake: FakeTune,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gpu, "missing", lambda: "the driver finds none")
+    monkeypatch.setattr(nvcc, "find", lambda: None)
+    monkeypatch.setattr(boards, "Boards", Jetsons)
+    command = ["tune", "MB-1", "--target", "cuda@aarch64", "--rpc", "9190", "--key", "orin"]
+    assert cli.main([*command, "--precision", "tf32", "--work-dir", str(tmp_path)]) == 0
+    (call,) = fake.calls
+    assert call["runner"].asked == ("127.0.0.1:9190", "orin", CudaTarget("cuda@aarch64"), 1)
+    assert (call["target"], call["allow_tf32"]) == (CudaTarget("cuda-sm_87"), True)
+    assert "Tuning MB-1 for cuda-sm_87, up to" in capsys.readouterr().out
+
+
+def test_boards_measure_what_is_built_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvcc, "_places", lambda: iter(()))
+    message = refused(capsys, "tune", "--target", "cuda", "--rpc", "9190", "--key", "orin")
+    assert "Building for CUDA needs nvcc" in message

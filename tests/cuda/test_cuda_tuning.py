@@ -106,14 +106,15 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_search(
     built: Path, machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = cuda_search.Grid(CONFIG, TARGET, 1, 64)
+    target = CudaTarget("cuda-sm_80@aarch64")  # whose records are the GPU's
+    grid = cuda_search.Grid(CONFIG, target, 1, 64)
     few = (grid.default, *[t for t in grid.tilings if t != grid.default][:3])
     monkeypatch.setattr(cuda, "candidates", lambda *arguments: few)
     refused, wrong = few[1], few[2]
     verify = cuda_measure.Loaded.verify
 
-    def build(config: Any, target: Any, path: Path, variants: Any, options: Any) -> Any:
-        assert (config, target, options) == (CONFIG, TARGET, BuildOptions())
+    def build(config: Any, built_for: Any, path: Path, variants: Any, options: Any) -> Any:
+        assert (config, built_for, options) == (CONFIG, target, BuildOptions())
         shutil.copyfile(built, path)
         spill = 8 * (variants[0].tiling == refused)
         return {"sm_80/v0a": nvcc.Resources(32, 0, spill, 256)}
@@ -127,7 +128,7 @@ def test_a_search(
     monkeypatch.setattr(cuda_measure.Loaded, "verify", checked)
     reports = []
     result = tune.tune(
-        CONFIG, TARGET, 1, 64, trials=8, work_dir=tmp_path / "work", runner=Emulated(),
+        CONFIG, target, 1, 64, trials=8, work_dir=tmp_path / "work", runner=Emulated(),
         report=lambda now: reports.append(dataclasses.replace(now)),
     )  # fmt: skip
     assert result.path == tmp_path / "logs" / "cuda-sm_80.jsonl"

@@ -22,7 +22,9 @@ from waiting import until
 pytest.importorskip("tvm")
 
 from tvm_sepconv import cli, saving
+from tvm_sepconv.compiler.targets import CudaTarget
 from tvm_sepconv.compiler.tuning import logs
+from tvm_sepconv.compiler.tuning.boards import Boards
 from tvm_sepconv.compiler.tuning.modelled.figures import BASE
 from tvm_sepconv.compiler.tuning.modelled.python import EmulatedPython, emulated_python
 from tvm_sepconv.compiler.tuning.records import read
@@ -123,3 +125,8 @@ def test_an_emulated_board_is_tuned_for_through_the_tracker(
     header, *trials, _ = map(json.loads, kept.read_text().splitlines())
     assert header["modelled"] is False
     assert [trial["error"] for trial in trials] == [None] * 8
+
+
+def test_an_arm_board_without_a_gpu_says_so(board: Fleet) -> None:
+    with pytest.raises(ValueError, match="for cuda-sm_87: it has no NVIDIA GPU to use"):
+        Boards(board.address, KEY, CudaTarget("cuda-sm_87"))

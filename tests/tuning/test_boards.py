@@ -21,8 +21,9 @@ from tvm_sepconv.compiler import build
 from tvm_sepconv.compiler.link import toolchain
 from tvm_sepconv.compiler.targets import cpu
 from tvm_sepconv.compiler.tuning import board, boards, measure
-from tvm_sepconv.compiler.tuning.board import Board, CandidateError, session, within
+from tvm_sepconv.compiler.tuning.board import CandidateError, session, within
 from tvm_sepconv.compiler.tuning.boards import Boards
+from tvm_sepconv.compiler.tuning.cpu_board import CpuBoard
 from tvm_sepconv.compiler.tuning.measure import RunnerError
 from tvm_sepconv.config import KernelConfig
 from tvm_sepconv.tracker import Address, Tracker
@@ -178,7 +179,7 @@ def test_a_processor_that_lacks_something_is_refused(
         Boards(fleet.address, KEY, TARGET)
 
 
-class Paper(Board):
+class Paper(CpuBoard):
     """A board of which only /proc is there."""
 
     def __init__(self, **files: str) -> None:
@@ -204,14 +205,14 @@ def test_an_arm_board_is_known_by_its_cores(target: str, parts: list[str]) -> No
     cpuinfo = "".join(PI.format(number, part) for number, part in enumerate(parts))
     pi = Paper(cpuinfo=cpuinfo, model="Raspberry Pi 4 Model B Rev 1.4\0")
     expected = f"Raspberry Pi 4 Model B Rev 1.4, {len(parts)} processors"
-    assert pi.description(cpu(target)) == expected
+    assert pi.identity(cpu(target)) == (expected, cpu(target))
 
 
 def test_another_core_than_the_targets_is_refused() -> None:
     pi = Paper(cpuinfo=PI.format(0, "0xd03"))
     with pytest.raises(CandidateError, match=r"its cores are cortex-a53, .*@cortex-a76"):
-        pi.description(cpu("aarch64-neon@cortex-a76"))
-    assert pi.description(cpu("aarch64-neon")) == "aarch64-neon, 1 processors"
+        pi.identity(cpu("aarch64-neon@cortex-a76"))
+    assert pi.identity(cpu("aarch64-neon")).machine == "aarch64-neon, 1 processors"
 
 
 def test_a_key_that_nobody_has_is_refused_with_those_there_are(place: Place) -> None:
@@ -224,7 +225,7 @@ def test_servers_that_others_have_are_waited_for_so_long_and_no_longer(place: Pl
     with ExitStack() as taken, Tracker(place.fleet.address) as tracker:
         for _ in range(2):
             server = tracker.request(KEY, lambda: None)
-            taken.enter_context(session(server, place.boards._runtime, 60))
+            taken.enter_context(session(server, CpuBoard, place.boards._native, 60))
         with pytest.raises(TimeoutError, match=rf"All servers \(2\) .*'{KEY}'.* after \d+ s"):
             Boards(place.fleet.address, KEY, TARGET, wait_secs=1)
 

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
@@ -48,6 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--logs", metavar="DIR", help="look for records here first, and write them here"
     )
+    _add_search(parser)
+    tune_cuda.add_arguments(parser)
+    boards = parser.add_argument_group("measuring on boards, their processors or GPUs")
+    boards.add_argument("--rpc", metavar="HOST:PORT", help="of TVM's RPC tracker")
+    boards.add_argument("--key", metavar="KEY", help="which the boards' servers registered with")
+    shown = parser.add_argument_group("what is shown")
+    shown.add_argument("--quiet", action="store_true", help="only the results")
+    shown.add_argument(
+        "--json", metavar="FILE", help="write a line of JSON for each layer; - is standard output"
+    )
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    """Add what says how long a search takes, and where it begins and ends."""
     parser.add_argument(
         "--trials", type=int, default=DEFAULT_TRIALS, metavar="N",
         help="candidates to measure for each layer, the default one included; default: %(default)s",
@@ -77,15 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--work-dir", type=Path, metavar="DIR",
         help="for what a search leaves behind; default: work/ of a checkout, else in the cache",
     )  # fmt: skip
-    tune_cuda.add_arguments(parser)
-    boards = parser.add_argument_group("measuring on boards")
-    boards.add_argument("--rpc", metavar="HOST:PORT", help="of TVM's RPC tracker")
-    boards.add_argument("--key", metavar="KEY", help="which the boards' servers registered with")
-    shown = parser.add_argument_group("what is shown")
-    shown.add_argument("--quiet", action="store_true", help="only the results")
-    shown.add_argument(
-        "--json", metavar="FILE", help="write a line of JSON for each layer; - is standard output"
-    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -98,42 +104,58 @@ def run(options: argparse.Namespace) -> int:
     if modelled:
         kernels = [(_shortened(subject, config), config) for subject, config in kernels]
     scope.use_logs(options.logs)
-    here = options.rpc is None and options.replay is None and not modelled
-    here = here and not target.startswith("cuda")
-    own = options.space == "tvm_sepconv"
-    if own and options.replay is None:
+    if options.space == "tvm_sepconv" and options.replay is None:
         # Refused before an hour was spent.
         jit.compiler("tvm_sepconv.compiler.tuning.logs").writable()
-    tuning = Tuning(
-        [_task(subject, config, options, target) for subject, config in kernels],
-        deadline=time.monotonic() + 60 * options.minutes if options.minutes else math.inf,
-        peak_flops=_peak_flops(target, options.num_threads) if here else None,
-        baseline="default" if own else "recorded",
-        unit="cycles" if modelled else "µs",
-    )
-    if modelled:
-        tuning.peak_flops = jit.compiler("tvm_sepconv.compiler.tuning.modelled.cycles").PEAK_FLOPS
     with ExitStack() as stack:
         file = _json_file(options.json, stack)
         stream = sys.stderr if file is sys.stdout else sys.stdout
         settings = _settings(options, target, stack)
+        tuning = _tuning(kernels, options, settings["target"].name, modelled)
         received = stack.enter_context(interrupts(tuning.stopping, display.live(stream)))
         if not options.quiet:
-            names = [task.name for task in tuning.tasks]
-            what = ", ".join(names) if len(names) <= MOST_NAMES else f"{len(names)} layers"
-            head = f"Tuning {what} for {target}, up to {options.trials} trials each"
-            print(head, file=stream, flush=True)
+            print(_heading(tuning, options, settings["target"].name), file=stream, flush=True)
             if modelled:
                 print(_MODELLED, file=stream, flush=True)
         with display.display(tuning, stream, options.quiet) as show:
             for task, (subject, config) in zip(tuning.tasks, kernels, strict=True):
                 _tune(task, tuning, subject, config, settings, show)
                 if file is not None:
-                    facts = _facts(subject, config, options, target)
+                    facts = _facts(subject, config, options, settings["target"].name)
                     line = json.dumps({**facts, **display.as_json(task, tuning)})
                     print(line, file=file, flush=True)
         if not options.quiet:
             print(display.overview(tuning), file=stream, flush=True)
+    return _status(tuning, received)
+
+
+def _tuning(
+    kernels: Sequence[tuple[Subject, KernelConfig]], options: argparse.Namespace, target: str,
+    modelled: bool,
+) -> Tuning:  # fmt: skip
+    """All searches, none of which has begun."""
+    peak_flops = None
+    if modelled:
+        peak_flops = jit.compiler("tvm_sepconv.compiler.tuning.modelled.cycles").PEAK_FLOPS
+    elif options.rpc is None and options.replay is None and not target.startswith("cuda"):
+        peak_flops = _peak_flops(target, options.num_threads)
+    return Tuning(
+        [_task(subject, config, options, target) for subject, config in kernels],
+        deadline=time.monotonic() + 60 * options.minutes if options.minutes else math.inf,
+        peak_flops=peak_flops,
+        baseline="default" if options.space == "tvm_sepconv" else "recorded",
+        unit="cycles" if modelled else "µs",
+    )
+
+
+def _heading(tuning: Tuning, options: argparse.Namespace, target: str) -> str:
+    names = [task.name for task in tuning.tasks]
+    what = ", ".join(names) if len(names) <= MOST_NAMES else f"{len(names)} layers"
+    return f"Tuning {what} for {target}, up to {options.trials} trials each"
+
+
+def _status(tuning: Tuning, received: Sequence[int]) -> int:
+    """The command's exit status."""
     if received:
         return 128 + received[0]
     tasks = tuning.tasks
@@ -256,6 +278,7 @@ def _settings(options: argparse.Namespace, target: str, stack: ExitStack) -> dic
         boards = jit.compiler("tvm_sepconv.compiler.tuning.boards").Boards
         opened = boards(address, options.key, chosen, options.num_threads)
         settings["runner"] = stack.enter_context(opened)
+        settings["target"] = opened.target  # of "cuda" the one of the boards' GPU
     elif _is_modelled(target, options) and options.replay is None:
         modelled = jit.compiler("tvm_sepconv.compiler.tuning.modelled.runner").Modelled
         settings["runner"] = stack.enter_context(closing(modelled(chosen)))

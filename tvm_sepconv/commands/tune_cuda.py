@@ -11,9 +11,10 @@ from tvm_sepconv.subjects import Subject
 
 PRECISIONS = ("float32", "tf32", "float16")
 _WAYS = (
-    "Run it on a machine with a GPU, its driver and nvcc; or build everything here and measure it "
-    "where there is a GPU and nothing else: `tvm-sepconv gpu prepare FOLDER`, then there `python3 "
-    "FOLDER`. `tvm-sepconv build --target cuda` needs no GPU"
+    "Build here and let a board or server that has one measure, through TVM's RPC tracker: "
+    "`tvm-sepconv tune --target {target} --rpc HOST:PORT --key KEY`; or run it on a machine with a "
+    "GPU, its driver and nvcc; or take what is built to one without a network: `tvm-sepconv gpu "
+    "prepare FOLDER`, then there `python3 FOLDER`. `tvm-sepconv build --target cuda` needs no GPU"
 )
 
 
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def target(name: str, options: argparse.Namespace) -> str:
     """Return the target to tune for: for "cuda" that of this machine's first GPU.
 
+    With `--rpc` it is as it was given: what GPU there is the board knows.
+
     Raises
     ------
     ValueError
@@ -40,30 +43,41 @@ def target(name: str, options: argparse.Namespace) -> str:
     if not name.startswith("cuda"):
         selection.refuse("`--precision` is of GPUs, --target cuda", _given(options))
         return name
-    unfit = selection.given(options, ("rpc",)) + ["--space"] * (options.space != "tvm_sepconv")
+    unfit = ["--space"] * (options.space != "tvm_sepconv")
     unfit += ["--num-threads"] * (options.num_threads != 1)
-    selection.refuse("Kernels for CUDA are measured on this machine's own GPU", unfit)
+    selection.refuse("Kernels for CUDA have one design space and no threads of ours", unfit)
     if options.replay is not None:
-        if "-" not in name:
-            raise ValueError(
-                "`--replay` measures nothing and asks no GPU what it is: name its architecture, "
-                f"such as --target cuda-{targets.CUDA_ARCHS[-1]}. Received: --target {name}"
-            )
-        return name
+        return _replayed(name)
+    if options.rpc is None:
+        name = _here(name)
+    jit.compiler("tvm_sepconv.compiler.nvcc").find()
+    return targets.resolve(name)
+
+
+def _replayed(name: str) -> str:
+    if "-" not in name:
+        raise ValueError(
+            "`--replay` measures nothing and asks no GPU what it is: name its architecture, "
+            f"such as --target cuda-{targets.CUDA_ARCHS[-1]}. Received: --target {name}"
+        )
+    return name
+
+
+def _here(name: str) -> str:
+    """The target of this machine's GPU, which `name` must mean."""
     if reason := gpu.missing():
         raise ValueError(
             "Tuning for CUDA measures kernels on an NVIDIA GPU, and this machine has none to use: "
-            f"{reason}. {_WAYS}"
+            f"{reason}. {_WAYS.format(target=name)}"
         )
     here = f"cuda-sm_{gpu.capability(0)}"
     if name not in ("cuda", here):
         raise ValueError(
             f"Tuning for {name} measures kernels on such a GPU, and this machine's is {here}: "
-            "what is measured on one says little of another. Say `--target cuda`, or run it on "
-            "such a machine"
+            "what is measured on one says little of another. Say `--target cuda`, or let such a "
+            f"machine measure: `tvm-sepconv tune --target {name} --rpc HOST:PORT --key KEY`"
         )
-    jit.compiler("tvm_sepconv.compiler.nvcc").find()
-    return targets.resolve(here)
+    return here
 
 
 def _given(options: argparse.Namespace) -> list[str]:

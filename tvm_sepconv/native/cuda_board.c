@@ -54,15 +54,15 @@ DRIVER(DECLARED)
 /* Everything of one call, on the GPU. */
 typedef struct {
   DLTensor x, out, room;
-  int64_t x_shape[AXES], out_shape[AXES], room_shape[1];
+  int64_t x_shape[AXES], out_shape[AXES], room_shape[1], left;
 } operands;
 
 typedef struct {
-  function run;
+  function run, workspace;
   DLTensor weights[WEIGHTS]; /* without data where there is none */
-  int64_t shapes[WEIGHTS][AXES], left;
+  int64_t shapes[WEIGHTS][AXES], steps_axis;
   operands* turns; /* of a graph, so that each call finds its input out of the cache */
-  int count;
+  int64_t count;
   void* graph;
 } kernel;
 
@@ -172,14 +172,6 @@ static int64_t copied(const DLTensor* from, DLTensor* made, int64_t* shape) {
   return bytes ? check(cuMemcpyHtoD_v2((address)made->data, host(from), bytes), "copying to the GPU") : 0;
 }
 
-static int64_t place(const DLTensor* x, const DLTensor* out, int64_t room_bytes, operands* made) {
-  const DLTensor room = {NULL, {kDLCPU, 0}, 1, {kDLUInt, 8, 1}, &room_bytes, NULL, 0};
-  return copied(x, &made->x, made->x_shape) || copied(out, &made->out, made->out_shape) ||
-                 reserve(&room, &made->room, made->room_shape)
-             ? -1
-             : 0;
-}
-
 static void release(operands* made) {
   cuMemFree_v2((address)made->x.data);
   cuMemFree_v2((address)made->out.data);
@@ -215,16 +207,43 @@ static TVMFFIAny number(int64_t value) {
   return made;
 }
 
-static int64_t call(function called, const TVMFFIAny* arguments, int32_t count) {
-  TVMFFIAny result = {0};
-  return called(NULL, arguments, count, &result) ? raised() : 0;
+static int64_t call(function called, const TVMFFIAny* arguments, int32_t count, TVMFFIAny* result) {
+  *result = number(0);
+  return called(NULL, arguments, count, result) ? raised() : 0;
+}
+
+/* ---- kernels -------------------------------------------------------------------------------------- */
+
+static int64_t open_library(const char* path, void** library) {
+  *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
+  return *library ? 0 : fail("the library cannot be opened: %s", dlerror());
+}
+
+static int64_t find(void* library, const char* name, function* found) {
+  *found = (function)dlsym(library, name);
+  return *found ? 0 : fail("the library is none for CUDA: %s", dlerror());
+}
+
+static int64_t place(const kernel* k, const DLTensor* x, int64_t left, const DLTensor* out, operands* made) {
+  const TVMFFIAny size[] = {number(out->shape[0]), number(out->shape[k->steps_axis]), number(0)};
+  TVMFFIAny bytes;
+  if (call(k->workspace, size, 3, &bytes)) return -1;
+  const DLTensor room = {NULL, {kDLCPU, 0}, 1, {kDLUInt, 8, 1}, &bytes.v_int64, NULL, 0};
+  made->left = left;
+  return copied(x, &made->x, made->x_shape) || copied(out, &made->out, made->out_shape) ||
+                 reserve(&room, &made->room, made->room_shape)
+             ? -1
+             : 0;
 }
 
 static int64_t launch(kernel* k, operands* o) {
   const TVMFFIAny arguments[] = {given(&o->x), given(&k->weights[0]), given(&k->weights[1]), given(&k->weights[2]),
-                                 number(k->left), given(&o->out), given(&o->room)};
-  return call(k->run, arguments, 7);
+                                 number(o->left), given(&o->out), given(&o->room)};
+  TVMFFIAny nothing;
+  return call(k->run, arguments, 7, &nothing);
 }
+
+/* ---- what is exported ----------------------------------------------------------------------------- */
 
 static int answer(TVMFFIAny* result, int64_t value) {
   *result = number(value);
@@ -251,7 +270,7 @@ EXPORTED(last_error) { return write_text(problem, tensor_of(args)); }
 
 /* (tensor of bytes) -> the length of the text it is given: compute capability such as 90, the newest CUDA of the driver
  * such as 13000, bytes of the last cache, name. */
-EXPORTED(describe) {
+EXPORTED(gpu) {
   char name[256] = "", text[512];
   int major = 0, minor = 0, driver = 0, l2_bytes = 0;
   if (open_gpu()) return -1;
@@ -265,19 +284,30 @@ EXPORTED(describe) {
   return write_text(text, tensor_of(args));
 }
 
-/* (library path, depthwise, pointwise, bias or None, left padding) -> kernel handle. */
+/* (library path, tensor of bytes) -> the length of the library's description, which it is given. */
+EXPORTED(description) {
+  void* library = 0;
+  function describe_itself = 0;
+  TVMFFIAny text;
+  if (open_library(text_of(args), &library) || find(library, "__tvm_ffi_describe", &describe_itself) ||
+      call(describe_itself, NULL, 0, &text))
+    return -1;
+  return write_text(text_of(&text), tensor_of(&args[1]));
+}
+
+/* (library path, depthwise, pointwise, bias or None, axis of the steps) -> kernel handle. */
 EXPORTED(create) {
-  if (open_gpu()) return -1;
-  void* library = dlopen(text_of(args), RTLD_NOW | RTLD_LOCAL);
-  if (!library) return fail("the library cannot be opened: %s", dlerror());
+  const TVMFFIAny device = number(0);
+  TVMFFIAny nothing;
+  void* library = 0;
+  function prepare = 0;
   kernel* made = calloc(1, sizeof *made);
   if (!made) return fail("the board has no memory left");
-  made->left = args[4].v_int64;
-  made->run = (function)dlsym(library, "__tvm_ffi_run");
-  const function prepare = (function)dlsym(library, "__tvm_ffi_prepare");
-  if (!made->run || !prepare) return fail("the library is none for CUDA: %s", dlerror());
-  const TVMFFIAny device = number(0);
-  if (call(prepare, &device, 1)) return -1;
+  made->steps_axis = args[4].v_int64;
+  if (open_gpu() || open_library(text_of(args), &library) || find(library, "__tvm_ffi_prepare", &prepare) ||
+      find(library, "__tvm_ffi_workspace", &made->workspace) || find(library, "__tvm_ffi_run", &made->run) ||
+      call(prepare, &device, 1, &nothing))
+    return -1;
   for (int i = 0; i < WEIGHTS; ++i) {
     const DLTensor* weight = tensor_of(&args[1 + i]);
     if (weight && copied(weight, &made->weights[i], made->shapes[i])) return -1;
@@ -285,27 +315,27 @@ EXPORTED(create) {
   return (int64_t)(intptr_t)made;
 }
 
-/* (kernel handle, x, output, bytes of workspace, seconds) -> 0 once the output, which is copied there and back, is what
- * the kernel has made of it. */
+/* (kernel handle, x, left padding, output, seconds) -> 0 once the kernel has written the output, of which what is there
+ * before goes to the GPU too. */
 EXPORTED(run) {
   kernel* k = (kernel*)(intptr_t)args[0].v_int64;
-  const DLTensor* out = tensor_of(&args[2]);
+  const DLTensor* out = tensor_of(&args[3]);
   operands o = {0};
-  if (place(tensor_of(&args[1]), out, args[3].v_int64, &o) || launch(k, &o) || finish(args[4].v_float64) ||
+  if (place(k, tensor_of(&args[1]), args[2].v_int64, out, &o) || launch(k, &o) || finish(args[4].v_float64) ||
       check(cuMemcpyDtoH_v2(host(out), (address)o.out.data, bytes_of(out)), "copying from the GPU"))
     return -1;
   release(&o);
   return 0;
 }
 
-/* (kernel handle, x, output, bytes of workspace, copies) -> 0; what `capture` launches takes turns with them. */
+/* (kernel handle, x, left padding, output, copies) -> 0; what `capture` launches takes turns with them. */
 EXPORTED(rotate) {
   kernel* k = (kernel*)(intptr_t)args[0].v_int64;
   const int64_t count = args[4].v_int64;
   k->turns = calloc((size_t)count, sizeof *k->turns);
   if (!k->turns) return fail("the board has no memory left");
   for (k->count = 0; k->count < count; ++k->count)
-    if (place(tensor_of(&args[1]), tensor_of(&args[2]), args[3].v_int64, &k->turns[k->count])) return -1;
+    if (place(k, tensor_of(&args[1]), args[2].v_int64, tensor_of(&args[3]), &k->turns[k->count])) return -1;
   return 0;
 }
 

@@ -11,6 +11,7 @@ using Time = std::chrono::steady_clock::time_point;
 
 }  // namespace fake_cuda
 
+FOR_TESTS void fake_cuda_break(int error) { fake_cuda::broken = cudaError_t(error); }
 FOR_TESTS fake_cuda::Graph* fake_cuda_graph() { return fake_cuda::capturing; }
 
 FOR_TESTS int cuDeviceGet(int* device, int index) { return *device = index, 0; }
@@ -18,6 +19,12 @@ FOR_TESTS int cuDeviceGetName(char* name, int size, int) { return snprintf(name,
 FOR_TESTS int cuDevicePrimaryCtxRetain(void** context, int) { return *context = new int, 0; }
 FOR_TESTS int cuCtxSetCurrent(void*) { return 0; }
 FOR_TESTS int cuStreamCreate(void** stream, unsigned) { return *stream = new int, 0; }
+FOR_TESTS int cuMemAlloc_v2(void** memory, size_t bytes) { return fake_cuda::allocate(memory, bytes, 0); }
+FOR_TESTS int cuMemFree_v2(void* memory) { return fake_cuda::release(memory); }
+FOR_TESTS int cuMemGetInfo_v2(size_t* available, size_t* total) { return cudaMemGetInfo(available, total); }
+FOR_TESTS int cuMemcpyHtoD_v2(void* to, const void* from, size_t bytes) { return memcpy(to, from, bytes), fake_cuda::broken; }
+FOR_TESTS int cuMemcpyDtoH_v2(void* to, const void* from, size_t bytes) { return memcpy(to, from, bytes), fake_cuda::broken; }
+FOR_TESTS int cuStreamQuery(void*) { return fake_cuda::broken; }
 FOR_TESTS int cuStreamSynchronize(void*) { return fake_cuda::broken; }
 FOR_TESTS int cuEventCreate(void** event, unsigned) { return *event = new fake_cuda::Time, 0; }
 FOR_TESTS int cuEventSynchronize(void*) { return fake_cuda::broken; }

@@ -73,6 +73,8 @@ def session(server: Server, kind: type[B], native: bytes, limit_secs: float) -> 
 class Board(ABC):
     """An open session whose server has loaded the native library."""
 
+    others = ""  # targets that a wrong architecture may call for
+
     def __init__(self, remote: Any) -> None:
         self._remote, self._cpu = remote, remote.cpu(0)
         try:
@@ -80,12 +82,9 @@ class Board(ABC):
         except Exception as error:
             raise CandidateError(
                 "the runtime library does not load there. Perhaps the board is of another "
-                f"architecture: choose another --target{self.OTHERS} or --key (its loader says: "
+                f"architecture: choose another --target{self.others} or --key (its loader says: "
                 f"{brief(error)})"
             ) from None
-
-    OTHERS = ""
-    """Targets that may be meant instead, for those who read an error."""
 
     @staticmethod
     @abstractmethod

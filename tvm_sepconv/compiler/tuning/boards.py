@@ -12,10 +12,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tvm_sepconv.bundle import RUNTIME
-from tvm_sepconv.compiler import build
-from tvm_sepconv.compiler.targets import CpuTarget
-from tvm_sepconv.compiler.tuning.board import CONNECT_SECS, CandidateError, brief, session, within
+from tvm_sepconv.compiler.targets import CpuTarget, CudaTarget
+from tvm_sepconv.compiler.tuning.board import (
+    CONNECT_SECS,
+    Board,
+    CandidateError,
+    Identity,
+    brief,
+    session,
+    within,
+)
+from tvm_sepconv.compiler.tuning.cpu_board import CpuBoard
+from tvm_sepconv.compiler.tuning.cuda_board import CudaBoard
 from tvm_sepconv.compiler.tuning.measure import RunnerError, Task
 from tvm_sepconv.tracker import Address, Server, Tracker, need_key
 
@@ -32,6 +40,8 @@ class Boards:
 
     Parameters
     ----------
+    target
+        Of a processor or a GPU; "cuda" becomes the target of the GPU that is found.
     threads
         That one call may use there.
     wait_secs
@@ -51,7 +61,7 @@ class Boards:
         self,
         address: Address,
         key: str,
-        target: CpuTarget,
+        target: CpuTarget | CudaTarget,
         threads: int = 1,
         wait_secs: float = WAIT_SECS,
     ) -> None:
@@ -61,10 +71,12 @@ class Boards:
         self._lock = threading.Lock()
         with Tracker(address) as tracker:
             self.workers = len(need_key(tracker, key))
+        self._kind = _kind(target)
         with tempfile.TemporaryDirectory() as folder:
-            build.build_runtime(target, Path(folder, RUNTIME))
-            self._runtime = Path(folder, RUNTIME).read_bytes()
-        _, self.machine = self.visit()
+            native = Path(folder, "board.so")
+            self._kind.native(target, native)
+            self._native = native.read_bytes()
+        _, (self.machine, self.target) = self.visit()
 
     def __enter__(self) -> Boards:
         return self
@@ -83,13 +95,14 @@ class Boards:
         RuntimeError
             If a library is wrong, crashes or hangs, or TRIES servers were lost over it.
         RunnerError
-            If no server is left.
+            If no server is left, or its GPU is another than the first one's.
         """
         data, limit = Task(str(task)), RUN_LIMIT_SECS * len(libraries)
         lost = []
 
         def sample() -> list[list[float]]:
-            with session(server, self._runtime, limit) as board:
+            with session(server, self._kind, self._native, limit) as board:
+                self._need_same(server, board)
                 return board.sample(data, libraries, rounds, self.threads)
 
         for _ in range(TRIES):
@@ -102,18 +115,35 @@ class Boards:
                 return within(limit + CONNECT_SECS, sample)
             except CandidateError as error:
                 raise RuntimeError(str(error)) from None
+            except RunnerError:
+                raise
             except Exception as error:
                 lost.append(f"{server.address}: {brief(error)}")
             finally:
                 self._count(-1)
         raise RuntimeError(f"{TRIES} RPC servers were lost over it ({'; '.join(lost)})")
 
+    def _need_same(self, server: Server, board: Board) -> None:
+        """Times of one GPU say nothing of another's, and a library may well run on both."""
+        if isinstance(self.target, CpuTarget):
+            return
+        try:
+            found = board.identity(self.target).machine
+        except CandidateError as error:
+            found = str(error)
+        if found != self.machine:
+            raise RunnerError(
+                f"The boards under the key {self.key!r} are not alike: the search began on "
+                f"{self.machine}, and of {server.address} it is said: {found}. Give each kind a "
+                "key of its own."
+            )
+
     def _count(self, change: int) -> None:
         with self._lock:
             self._measuring += change
 
-    def visit(self) -> tuple[Address, str]:
-        """Look at a board that is free, and return where it is and what it is called.
+    def visit(self) -> tuple[Address, Identity]:
+        """Look at a board that is free, and return where and what it is.
 
         Raises
         ------
@@ -123,16 +153,16 @@ class Boards:
         server = self._lent()
         where = f"The RPC server at {server.address}, under the key {self.key!r},"
 
-        def description() -> str:
-            with session(server, self._runtime, CONNECT_SECS) as board:
-                return board.description(self.target)
+        def identity() -> Identity:
+            with session(server, self._kind, self._native, CONNECT_SECS) as board:
+                return board.identity(self.target)
 
         try:
-            return server.address, within(2 * CONNECT_SECS, description)
+            return server.address, within(2 * CONNECT_SECS, identity)
         except CandidateError as error:
             raise ValueError(
                 f"{where} cannot run what is built for {self.target.name}: {error}."
-            ) from None
+            ) from error
         except Exception as error:
             raise ConnectionError(
                 f"{where} does not answer as it should: {brief(error)}. A tunnel must have the "
@@ -159,3 +189,7 @@ class Boards:
 
         with Tracker(self.address) as tracker:
             return tracker.request(self.key, give_up)
+
+
+def _kind(target: CpuTarget | CudaTarget) -> type[Board]:
+    return CpuBoard if isinstance(target, CpuTarget) else CudaBoard

@@ -29,7 +29,17 @@ MOST_SETS = 16
 UNITS = {"float32": 0.0, "tf32": 2.0**-11, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
 
-class Clock(Protocol):
+class Graphs(Protocol):
+    """What makes launches one, and times it."""
+
+    def graph(self, launches: Sequence[Launch]) -> Launch:
+        """Return what launches all of them, without waiting."""
+
+    def seconds(self, action: Launch) -> float:
+        """Time what `action` launches, the second time of two."""
+
+
+class Clock(Graphs, Protocol):
     """What times launches: a `Gpu`."""
 
     @property
@@ -43,12 +53,6 @@ class Clock(Protocol):
     @property
     def l2_bytes(self) -> int:
         """The size of the last cache."""
-
-    def graph(self, launches: Sequence[Launch]) -> Launch:
-        """Return what launches all of them, without waiting."""
-
-    def seconds(self, action: Launch) -> float:
-        """Time what `action` launches, the second time of two."""
 
     def synchronize(self) -> None:
         """Wait for all of it."""
@@ -158,7 +162,7 @@ def rotated(call_bytes: int, l2_bytes: int) -> int:
 class Timer:
     """One call, in a graph of as many as it takes to be timed; ``sample()`` is a call's seconds."""
 
-    def __init__(self, launches: Sequence[Launch], clock: Clock) -> None:
+    def __init__(self, launches: Sequence[Launch], clock: Graphs) -> None:
         self._clock = clock
         self._capture(launches, FEWEST)
         self.sample()

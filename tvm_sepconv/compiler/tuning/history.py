@@ -25,6 +25,7 @@ from tvm_sepconv.compiler.tuning.records import MODEL_HZ
 NAME = "history.jsonl"
 VERSION = 1
 OWN_SPACE = "tvm_sepconv"
+_SAME = ("config", "target", "batch", "steps", "threads", "space")
 _CYCLES = {"secs": "cycles", "default_secs": "default_cycles", "best_secs": "best_cycles"}
 
 
@@ -114,6 +115,48 @@ def read_history(path: Path) -> History:
             what = f"{type(error).__name__}: {error}"
             warnings.warn(f"{path}, line {number}, is no trial ({what}); skipped", stacklevel=2)
     return History(path, header, trials, final)
+
+
+def replayable(path: Path, key: str, header: Mapping[str, Any]) -> History:
+    """Read the history at `path`, a file, its folder or the work folder it is in under `key`.
+
+    Raises
+    ------
+    ValueError
+        If it is no history, or that of a search with another `header`.
+    """
+    if path.is_dir():
+        usual = folder(path, header["target"], key, header["space"])
+        path = next((f for f in (usual, path) if (f / NAME).is_file()), usual) / NAME
+    found = read_history(path)
+    _check_same(found, header, _SAME, "replayed")
+    return found
+
+
+def earlier(path: Path, header: Mapping[str, Any]) -> History | None:
+    """Read the history to go on with; None if there is none.
+
+    Raises
+    ------
+    ValueError
+        If it is that of a search with another `header`, or on another machine.
+    """
+    if not path.is_file():
+        return None
+    found = read_history(path)
+    _check_same(found, header, (*_SAME, "machine", "tvm"), "resumed: search anew, without it")
+    return found
+
+
+def _check_same(
+    found: History, header: Mapping[str, Any], names: Sequence[str], cannot: str
+) -> None:
+    for name in names:
+        if found.header.get(name) != header[name]:
+            raise ValueError(
+                f"{found.path} is of another search and cannot be {cannot}. It has {name}="
+                f"{found.header.get(name)!r}. Received: {name}={header[name]!r}"
+            )
 
 
 def best_at(path: Path, counts: Iterable[int]) -> dict[int, float]:

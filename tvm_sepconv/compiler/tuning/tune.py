@@ -41,7 +41,6 @@ from tvm_sepconv.config import KernelConfig
 FINAL_SAMPLES = 41
 LONGER = 4  # times the steps: a record serves every length, so it may not lose on a longer input
 REPLAY = "replay.jsonl"  # beside the history: that may be the one which is replayed
-_SAME = ("config", "target", "batch", "steps", "threads", "space")
 _DATABASE = ("database_workload.json", "database_tuning_record.json")
 
 
@@ -139,6 +138,26 @@ def tune(
     OSError
         If the history or the record cannot be written.
     """
+    _check(trials, space, resume, replay, runner)
+    own: Any = None
+    if space == history.OWN_SPACE:
+        own = _space(config, target, batch, steps, allow_tf32)
+    usual = own is None or own.variant == logs.LONG
+    key = config.key if usual else f"{config.key}_{own.variant}"
+    header = _header(config, target, batch, steps, workload, threads, space, seed, trials)
+    place = history.folder(work_dir, header["target"], key, space).absolute()
+    if own is None:
+        assert isinstance(target, CpuTarget)
+        return _default_space(config, target, place, header, report, should_stop)
+    if replay:
+        given = history.replayable(replay, key, header)
+        return _replay(own, target, place, given, header, report)
+    return _search(own, target, place, header, resume, runner, record, report, should_stop)
+
+
+def _check(
+    trials: int, space: str, resume: bool, replay: Path | None, runner: Runner | None
+) -> None:
     if trials < 2:
         raise ValueError(
             "The `trials` argument must be at least 2: the first one measures the default. "
@@ -146,30 +165,26 @@ def tune(
         )
     if resume and replay:
         raise ValueError("A search is resumed or replayed, not both")
-    own: Any = None
-    if space == history.OWN_SPACE:
-        own = _space(config, target, batch, steps, allow_tf32)
-    usual = own is None or own.variant == logs.LONG
-    key = config.key if usual else f"{config.key}_{own.variant}"
-    place = history.folder(work_dir, target.name, key, space).absolute()
-    header = {
-        "config": config.to_dict(), "workload": workload, "target": target.name, "batch": batch,
+    if space != history.OWN_SPACE and (resume or replay or runner):
+        raise ValueError(
+            "A search of MetaSchedule's own space measures on this machine, from its beginning:"
+            " it cannot be resumed, replayed or measured elsewhere"
+        )
+
+
+def _header(
+    config: KernelConfig, target: Any, batch: int, steps: int, workload: str | None, threads: int,
+    space: str, seed: int, trials: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What a history begins with."""
+    # Of a GPU without the processor beside it: builds look for its architecture's records.
+    name = target.name if isinstance(target, CpuTarget) else target.name.partition("@")[0]
+    return {
+        "config": config.to_dict(), "workload": workload, "target": name, "batch": batch,
         "steps": steps, "threads": threads, "space": space, "seed": seed, "trials": trials,
         "tvm": importlib.metadata.version("apache-tvm"), "machine": None, "date": now(),
         "modelled": False,
     }  # fmt: skip
-    if own is None:
-        if resume or replay or runner:
-            raise ValueError(
-                "A search of MetaSchedule's own space measures on this machine, from its beginning:"
-                " it cannot be resumed, replayed or measured elsewhere"
-            )
-        assert isinstance(target, CpuTarget)
-        return _default_space(config, target, place, header, report, should_stop)
-    if replay:
-        given = _replayable(replay, history.folder(replay, target.name, key, space), header)
-        return _replay(own, target, place, given, header, report)
-    return _search(own, target, place, header, resume, runner, record, report, should_stop)
 
 
 def _space(config: KernelConfig, target: Any, batch: int, steps: int, allow_tf32: bool) -> Any:
@@ -195,64 +210,89 @@ def _search(
     runner: Runner | None, recording: bool, report: Callable[[Progress], None],
     should_stop: Callable[[], bool],
 ) -> Result:  # fmt: skip
-    config, threads, progress = space.config, header["threads"], Progress(of=header["trials"])
+    progress = Progress(of=header["trials"])
     folder = logs.writable() if recording else None
-    key = (config, target.name, threads)
+    key = (space.config, header["target"], header["threads"])
     match = logs.lookup(*key, variant=space.variant) if recording else None
     with ExitStack() as stack:
-        runtime = place / RUNTIME
         if runner is None:
-            local = here(runtime, threads) if isinstance(space, Space) else _cuda().here()
-            runner = stack.enter_context(closing(local))
+            runner = stack.enter_context(closing(_here(space, place, header["threads"])))
         known = [t for t in (space.default, match and match.tiling) if t in space.tilings]
         first = list(dict.fromkeys([*known, *space.neighbours(space.default)]))
         header |= {"machine": runner.machine, "first": [tiling.to_dict() for tiling in first]}
-        if isinstance(runner, Modelled):
-            header["modelled"] = runner.core
-        earlier = _earlier(place / history.NAME, header) if resume else None
+        header["modelled"] = isinstance(runner, Modelled) and runner.core
+        earlier = history.earlier(place / history.NAME, header) if resume else None
         _clear(place, keep=earlier is not None)
         writer = Writer(place / history.NAME, None if earlier else header)
         stack.enter_context(closing(writer))
-        arguments = (space, target, place, runner, writer, progress, report, should_stop)
-        search = _searcher(space)(*arguments)
+        searcher = _searcher(space)
+        search = searcher(space, target, place, runner, writer, progress, report, should_stop)
         stack.enter_context(closing(search))
         stack.enter_context(_seeded(header["seed"]))
-        search.start()
-        space.write_task(search.task, header["batch"], header["steps"])
-        if isinstance(target, CpuTarget):
-            build.build_runtime(target, runtime)
-        if earlier:
-            search.know(earlier.trials)
+        _start(search, header, earlier)
         try:
             search.run(first, header["seed"])
-            best = finalists(known, search.trials)
-            samples = settled(partial(search.alternate, best, FINAL_SAMPLES))
-            won = winner(samples)
-            if won and isinstance(space, Space) and not header["modelled"]:
-                won = _anywhere(search, best, samples, header)
+            best, samples, won = _decided(search, known, header)
         except RunnerError as error:
             raise RunnerError(
                 f"{error} {progress.trials} trials are kept in {writer.path}: go on with --resume"
             ) from error
         values = {**header, "variant": space.variant, "decisions": best[won].to_dict()}
         record = record_of(values, samples[won], samples[0], progress.trials)
-        path = None
-        try:
-            worked = sum(trial.secs is not None for trial in search.trials.values())
-            if folder is not None and worked > 1:
-                again = match.record if match and match.tiling in best else None
-                if record.modelled and again and again.modelled is None:
-                    again = None  # what was measured is no worse for what was modelled
-                path = logs.write(record, folder, again)
-        finally:
-            writer.final(
-                default_secs=record.default_secs, best_secs=record.median_secs,
-                noise=record.noise, decisions=record.decisions, recorded=path and str(path),
-            )  # fmt: skip
+        again = match.record if match and match.tiling in best else None
+        path = _written(record, folder if len(best) > 1 else None, again, writer)
     return Result(
         progress, writer.path, record.default_secs, record.median_secs, record.noise,
         record.decisions, record, path,
     )  # fmt: skip
+
+
+def _here(space: Any, place: Path, threads: int) -> Any:
+    """The runner of this machine."""
+    return here(place / RUNTIME, threads) if isinstance(space, Space) else _cuda().here()
+
+
+def _start(search: Search, header: Mapping[str, Any], earlier: History | None) -> None:
+    """Make what all candidates share, and take what an earlier part of the search has tried."""
+    search.start()
+    search.space.write_task(search.task, header["batch"], header["steps"])
+    if isinstance(search.target, CpuTarget):
+        build.build_runtime(search.target, search.folder / RUNTIME)
+    if earlier:
+        search.know(earlier.trials)
+
+
+def _decided(
+    search: Search, known: Sequence[Any], header: Mapping[str, Any]
+) -> tuple[list[Any], Sequence[Sequence[float]], int]:
+    """The finalists, their samples in alternation, and which of them wins."""
+    best = finalists(known, search.trials)
+    samples = settled(partial(search.alternate, best, FINAL_SAMPLES))
+    won = winner(samples)
+    if won and isinstance(search.space, Space) and not header["modelled"]:
+        won = _anywhere(search, best, samples, header)
+    return best, samples, won
+
+
+def _written(
+    record: logs.Record, folder: Path | None, again: logs.Record | None, writer: Writer
+) -> Path | None:
+    """Write the record, if there is a folder for it, and the history's end; return the log's path.
+
+    `again` is the record there was, if its decisions were measured again.
+    """
+    if record.modelled and again and again.modelled is None:
+        again = None  # what was measured is no worse for what was modelled
+    path = None
+    try:
+        if folder is not None:
+            path = logs.write(record, folder, again)
+    finally:
+        writer.final(
+            default_secs=record.default_secs, best_secs=record.median_secs,
+            noise=record.noise, decisions=record.decisions, recorded=path and str(path),
+        )  # fmt: skip
+    return path
 
 
 def _anywhere(
@@ -313,37 +353,6 @@ def _replay(
     return Result(
         progress, writer.path, progress.default_secs, progress.best_secs, decisions=best.to_dict()
     )
-
-
-def _replayable(path: Path, usual: Path, header: Mapping[str, Any]) -> History:
-    """The history at `path`, or in the `usual` folder of the work folder that it is."""
-    if path.is_dir():
-        path = (
-            next((f for f in (usual, path) if (f / history.NAME).is_file()), usual) / history.NAME
-        )
-    found = history.read_history(path)
-    _check_same(found, header, _SAME, "replayed")
-    return found
-
-
-def _earlier(path: Path, header: Mapping[str, Any]) -> History | None:
-    """The history to go on with; None if there is none."""
-    if not path.is_file():
-        return None
-    found = history.read_history(path)
-    _check_same(found, header, (*_SAME, "machine", "tvm"), "resumed: search anew, without it")
-    return found
-
-
-def _check_same(
-    found: History, header: Mapping[str, Any], names: Sequence[str], cannot: str
-) -> None:
-    for name in names:
-        if found.header.get(name) != header[name]:
-            raise ValueError(
-                f"{found.path} is of another search and cannot be {cannot}. It has {name}="
-                f"{found.header.get(name)!r}. Received: {name}={header[name]!r}"
-            )
 
 
 def _clear(place: Path, keep: bool) -> None:
