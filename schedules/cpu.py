@@ -50,6 +50,17 @@ SSE4.2: 2 x 4, not 6 x 2           a broadcast costs a shuffle:   QN-B1 62 to 65
                                                                   shuffles fill the front end
 SSE4.2: each element 4 times in    no shuffles: 91 % in a loop    QN-B1 64 to 81 %, the 20 rows
 scratch, tiles of 6 x 2            inside L1                      49 to 68 % (geometric means)
+half of 64 bytes where channels or half the work; on units of 64  SEED - 22 % of the time,
+filters fill no more (EPYC: units  bytes the same                 EEG-SSVEP - 17, 8 to 8 k9 - 49,
+of 32 bytes)                                                      64 to 3 k9 - 26 %
+… both, also for 17 to 24 filters  3 half vectors, not 4          - 20 to - 45 %, but on units of
+                                                                  64 bytes 1.5 times the work: not
+                                                                  kept
+ragged channels: blocks too, last  the copy stays in L1: LITE-1   LITE-1 - 3 %, AVX2 + 7 %; 23 to
+vector by clamped indices          - 7 %                          64 + 6 %, 31 to 32 + 10 %: not
+                                                                  kept
+… in one, rows an odd number of    rows fill all sets of L1       LITE-1 - 1 %, nine others - 2 to
+vectors apart                                                     + 1 %: not kept
 ================================== ============================== ===============================
 """
 

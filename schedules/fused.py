@@ -24,6 +24,7 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 from tvm_sepconv.compiler.schedules.cpu import Tiling, VectorUnit
 
+from tvm_sepconv.compiler.compute import filled
 from tvm_sepconv.config import KernelConfig
 
 
@@ -41,7 +42,8 @@ def fuse(
 def _fuse_last(
     sch: Schedule, config: KernelConfig, unit: VectorUnit, tiling: Tiling, interior: bool
 ) -> None:
-    lanes = unit.lanes(config.accumulation_dtype)
+    dtype = config.accumulation_dtype
+    lanes, wide = (filled(n, unit.lanes(dtype), dtype) for n in (config.filters, config.channels))
     depthwise, pointwise, activation, output = _stages(sch)
     rows, vectors = tiling.register_tile
     batch, step, filter_ = sch.get_loops(output)
@@ -59,26 +61,26 @@ def _fuse_last(
     sch.compute_at(stage, tile, preserve_unit_loops=True)
     *_, row, panel, lane, multiplier, channel = sch.get_loops(pointwise)
     if unit.by_lane:
-        group, channel = sch.split(channel, [None, lanes])
+        group, channel = sch.split(channel, [None, wide])
         sch.reorder(multiplier, group, channel, row, panel, lane)
         load_lanes(sch, pointwise, 0, group)
         sch.unroll(channel)
     else:
         sch.reorder(multiplier, channel, row, panel, lane)
     accumulate(sch, pointwise, multiplier, [row, panel], lane)
-    groups = -(-config.channels // lanes)
+    groups = -(-config.channels // wide)
     together = groups if interior else tiling.channel_block  # nothing is copied: rows as they lie
     taps = taps_together(config) if unit.by_lane else 1
     if unit.spreads(config):
-        channels = _spread_last(sch, stage, depthwise, lanes, tiling, together)
+        channels = _spread_last(sch, stage, depthwise, wide, tiling, together)
     else:
-        channels = depthwise_last(sch, depthwise, lanes, tiling, together, taps)
+        channels = depthwise_last(sch, depthwise, wide, tiling, together, taps)
     if interior:
         return
     pad = sch.get_sblock("pad")
     sch.compute_at(pad, channels, preserve_unit_loops=True)
     *_, channel = sch.get_loops(pad)
-    vectorize_head(sch, channel, min(tiling.channel_block * lanes, config.channels), lanes)
+    vectorize_head(sch, channel, min(tiling.channel_block * wide, config.channels), wide)
 
 
 def depthwise_last(

@@ -13,7 +13,8 @@ AVX2     16        8     6 x 2 or 8 x 1: 12 accumulators, 2 weights, 1 broadcast
 AVX-512  32        16    4 x 4, 8 x 3, 8 x 2 or 16 x 1: whichever divides the filters
 ======== ========= ===== ===========================================================
 
-Of the tiles given, the first whose vectors divide the vectors of filters.
+Of the tiles given, the first whose vectors divide the vectors of filters. Up to 8 channels, or
+filters, AVX-512 computes with half vectors (`compute.filled`).
 """
 
 from __future__ import annotations

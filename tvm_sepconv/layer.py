@@ -204,21 +204,24 @@ class SeparableConv1D(Weights):
             return cuda_tensors.call(self, inputs, out)
         shape = inputs.shape if array else tensors.shape_of(inputs)
         known, expected, _ = self._last_shapes  # most calls are of one shape
-        if compiled is None or not self._plain or (shape != known and len(shape) != 3):
+        if compiled is None or not self._plain:
             return self._call_any(inputs, out)
         if shape != known:
+            if len(shape) != 3:
+                return self._call_any(inputs, out)
             expected, _ = self._geometry(shape)
         # The short way, for what needs no conversion: the runtime checks both tensors and runs. All
         # that it does not take, wrong or merely unusual, goes the long way: explained or converted.
+        at = compiled.at
         try:
+            x = at(inputs) if array else inputs
             if out is None:
                 y = empty(expected, self._native_dtype)
-                if compiled.call(compiled.handle, inputs, y) == 0:
+                if compiled.call(compiled.handle, x, at(y)) == 0:
                     return y if array else tensors.way_back(inputs)(y)
             else:
-                plain = type(out) is ndarray and out.flags.writeable
-                y = out if plain else tensors.writable(out)
-                if y is not None and compiled.call(compiled.handle, inputs, y) == 0:
+                y = at(out) if type(out) is ndarray else tensors.writable(out)
+                if y is not None and compiled.call(compiled.handle, x, y) == 0:
                     return out
         except (BufferError, TypeError, ValueError, RuntimeError):
             pass  # DLPack refuses read-only arrays, foreign byte orders, objects …

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -52,8 +53,15 @@ def _declines(handle: int, x: Any, out: Any) -> int:
     return ERROR_TENSOR
 
 
+def _itself(array: Array) -> Any:
+    return array
+
+
 class _Runtime:
-    """A loaded runtime library: the C API, and its one function for tensors where tvm-ffi is."""
+    """A loaded runtime library: the C API, and its one function for tensors where tvm-ffi is.
+
+    ``run`` takes ``at(array)`` for an array: its address where it can be read there.
+    """
 
     def __init__(self, path: Path) -> None:
         c = ctypes.CDLL(str(path))
@@ -68,16 +76,33 @@ class _Runtime:
         self.c = c
         self.path = path
         self.run: Callable[[int, Any, Any], int] = _declines
+        self.at: Callable[[Array], Any] = _itself
         with contextlib.suppress(ModuleNotFoundError):  # it has no wheel for 32-bit ARM and musl
             import tvm_ffi  # here, so that importing the package loads no native code
 
-            self.run = tvm_ffi.load_module(str(path))["run"]
+            module = tvm_ffi.load_module(str(path))
+            self.run = module["run"]
+            self.at = _address_or_itself(module)
 
     def check(self, status: int) -> None:
         """Raise what a status of the C API means."""
         if status:
             text = self.c.tvm_sepconv_last_error().decode(errors="replace")
             raise _ERRORS.get(status, RuntimeError)(text)
+
+
+def _address_or_itself(module: Any) -> Callable[[Array], Any]:
+    """How to hand arrays to the runtime: by address if what it reads there is an array.
+
+    It knows the fields that NumPy's binary interface fixes. DLPack's way to the same takes 0.2 µs.
+    """
+    probe = np.zeros((4, 3, 2), np.float32)[1:, ::2]
+    frozen = probe.view()
+    frozen.flags.writeable = False
+    # The runtime library of an older bundle has no such function; elsewhere ids are no addresses.
+    if sys.implementation.name != "cpython" or not module.implements_function("reads_arrays"):
+        return _itself
+    return id if module["reads_arrays"](id(probe), id(frozen), probe) else _itself
 
 
 def start(path: Path) -> _Runtime:
@@ -160,7 +185,7 @@ class CompiledLayer:
         )  # fmt: skip
         self.runtime.check(status)
         self.handle = int(handle.value or 0)
-        self.call = self.runtime.run
+        self.call, self.at = self.runtime.run, self.runtime.at
 
     def __del__(self) -> None:
         if getattr(self, "handle", 0):

@@ -231,6 +231,32 @@ def test_more_and_fewer_instructions_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize(
+    ("channels", "filters", "dtype", "depthwise", "pointwise"),
+    [
+        (8, 8, "float32", "ymm", "ymm"),
+        (8, 9, "float32", "ymm", "zmm"),
+        (9, 1, "float32", "zmm", "ymm"),
+        (9, 24, "float32", "zmm", "zmm"),
+        (4, 5, "float64", "ymm", "zmm"),
+        (5, 4, "float64", "zmm", "ymm"),
+    ],
+)
+def test_vectors_are_halved_along_what_fills_only_half(
+    channels: int, filters: int, dtype: str, depthwise: str, pointwise: str
+) -> None:
+    config = KernelConfig(channels, filters, 33, dtype=dtype, accumulation_dtype=dtype)
+    tiling = cpu("x86_64-avx512").family.default_tilings(config, "x86_64-avx512")[0]
+    kernel = compiled(config, "avx512", {"long": (tiling, False)})["long"]
+    found = {
+        (loop.is_pointwise, instruction.operands[-1].strip("%0123456789"))
+        for loop in kernel.loops()
+        for instruction in loop.done.body
+        if instruction.name.startswith("vfmadd")
+    }
+    assert found == {(False, depthwise), (True, pointwise)}
+
+
+@pytest.mark.parametrize(
     ("isa", "tile"), [("avx512", (16, 2)), ("avx2", (8, 2)), ("sse42", (4, 4))]
 )
 def test_a_register_tile_too_large_is_seen_to_spill(isa: str, tile: tuple[int, int]) -> None:

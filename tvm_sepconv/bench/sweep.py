@@ -311,9 +311,9 @@ def _timed(case: Case, library: Path, peak: Peak) -> tuple[float, float]:
         library, library.parent / bundle.RUNTIME, case.config, depthwise, pointwise,
         bias[0] if bias else None,
     )  # fmt: skip
-    call, handle, x = layer.call, layer.handle, case.x
     out = np.empty(case.expected.shape, np.float32)
-    layer.runtime.check(call(handle, x, out))
+    call, handle, x, y = layer.call, layer.handle, layer.at(case.x), layer.at(out)
+    layer.runtime.check(call(handle, x, y))
     check(library.stem, out, case.expected, case.allowed)
-    times = interleave({"kernel": lambda: call(handle, x, out), "peak": peak.run}, POINT_SECS)
+    times = interleave({"kernel": lambda: call(handle, x, y), "peak": peak.run}, POINT_SECS)
     return times["kernel"].median_us, times["peak"].best_us

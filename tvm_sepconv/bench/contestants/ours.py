@@ -29,10 +29,10 @@ def prepare(case: Case, threads: int) -> list[Prepared]:
     layer.compile(tvm_sepconv.BuildOptions(target=case.target or None))
     compiled = layer._compiled
     assert compiled is not None  # `compile` made it
-    call, handle = compiled.call, compiled.handle
+    call, handle, at = compiled.call, compiled.handle, compiled.at
 
     def kernel(x: Array, out: Array) -> None:
-        if status := call(handle, x, out):
+        if status := call(handle, at(x), at(out)):
             raise RuntimeError(f"the kernel of {layer.name} returned status {status}")
 
     return [Prepared("one fused kernel", layer, case.x, np.asarray, kernel)]
