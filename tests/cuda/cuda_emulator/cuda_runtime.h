@@ -3,13 +3,14 @@
 // While the driver of `build_driver` captures, a launch becomes part of its graph; a replay reports memory that was freed.
 // Not seen: what runs at the same time as what, and who waits for whom: tests read that from the log.
 #pragma once
-#include <cuda.h>
 #include <dlfcn.h>
 
 #include <chrono>
 #include <map>
 #include <mutex>
 #include <string>
+
+#include <cuda.h>  // last, for its macros: the standard library's headers mean another `alignas`
 
 enum cudaError_t {
   cudaSuccess = 0,
