@@ -15,6 +15,7 @@ A library has up to two variants, for much and for little work; `choose` says wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -32,6 +33,10 @@ FORMS: dict[str, Any] = {
     "two_kernels": cuda_two_kernels,
 }
 """The forms' modules by the name that records give them."""
+
+_EITHER_OR = re.compile(
+    r'" @p (cp\.async\.\w+\.shared\.global \[%0\], \[%1\], %2);\\n"\s*" @!p st\.shared[^"]*"'
+)
 
 VARIANTS = ("long", "short")
 """Names of the entries of `default_tilings`, by position."""
@@ -139,6 +144,15 @@ def launch_bounds(source: str, kernel: str, tiling: Tiling) -> str:
         new = f"__launch_bounds__({threads}, {blocks}) {kernel}("
         source = source.replace(old.format(threads), new)
     return source
+
+
+def without_branches(source: str) -> str:
+    """Let conditional asynchronous copies fill in the zeros themselves.
+
+    TVM 0.27 writes each as either a copy or a store of zeros, which nvcc makes a branch.
+    """
+    filling = r'" .reg .u32 n;\\n"\n    " selp.u32 n, %2, 0, p;\\n"\n    " \1, n;\\n"'
+    return _EITHER_OR.sub(filling, source)
 
 
 def packing(config: KernelConfig, allow_tf32: bool = False) -> dict[str, Any]:

@@ -22,9 +22,11 @@ atomics on a buffer that somebody must have cleared (a second launch, or memory 
 allocate) or in a cluster's shared memory (sm_90 only, and its launch is not TVM's to write).
 
 Counted in the machine code for sm_90 (nvcc 13.0), 256 to 256 channels, 33 taps, the default: the
-matrix product is 512 FFMA and 32 LDS.128 every 8 channels, the depthwise stage 264 FFMA and 73 LDS,
-127 registers, nothing spilt. `cost` predicts 177 000 cycles for 32 x 1024 steps, of which 143 000
-are the least that the multiply-adds take (81 %). A prediction: it has never run on a GPU.
+matrix product is 512 FFMA and 32 LDS.128 every 8 channels, the depthwise stage 264 FFMA and 73 LDS;
+of the 2678 instructions a warp has for a chunk of 32 channels 2312 are FFMA (86 %), 13 copies, and
+none a branch but its loops' (`cuda.without_branches`). 127 registers, nothing spilt. `cost`
+predicts 177 000 cycles for 32 x 1024 steps, of which 143 000 are the least that the multiply-adds
+take (81 %). A prediction: it has never run on a GPU.
 """
 
 from __future__ import annotations

@@ -21,14 +21,25 @@ the operands, filters down and steps along, so that neighbours in a lane are nei
 sm_75 runs the same kernel with one buffer, as it cannot copy in the background: another block of
 its multiprocessor works meanwhile. The device functions copy at once there and make an mma.sync of
 float16 from two of half the depth. bfloat16 it has none of: each lane gathers its operands by 32
-shuffles for 64 multiply-adds, about half the speed of float32; in place of a schedule of its own.
+shuffles, 208 instructions in all for 64 multiply-adds, a quarter of the ordinary cores' speed; in
+place of a schedule of its own.
 
 Shared memory is padded: rows of the two operands are 16 bytes longer than a multiple of 32 (TF32
 weights 32), so that the eight rows of an ldmatrix lie in different banks.
 
+Counted in the machine code for sm_90 (nvcc 13.0), 256 to 256 channels, 33 taps, the default for
+much work. float16: eight taps are 173 instructions, 128 of them FFMA; a chunk is 925 a warp, 1850
+cycles of a scheduler; in shared memory and L1 it takes 2030 cycles, 768 of them for ldmatrix and
+528 for the depthwise weights, which is the limit, and 830 in the tensor cores. TF32: 90
+instructions, 64 of them FFMA; 669 a warp and chunk, 1340 cycles; 1770 (768 operands, 264 weights);
+830. So 32 x 1024 steps would take 31 500 and 55 000 cycles. Predictions: it never ran on a GPU.
+
 Rejected: wmma, whose accumulators an epilogue reaches only through shared memory; weights in
 fragment order straight from L2, which reads them ``step_warps`` times; depthwise in half2, which
-halves its time but rounds at every tap.
+halves its time but rounds at every tap; all taps written out, or one address for the weights of
+eight taps, which spills at 128 registers; two warps for the same filters in TF32, which round each
+weight twice (807 instructions). Not done: two runs of 16 pairs of channels a warp, which would read
+weights once for both, but need rows of the input in another order, lest they meet in a bank.
 """
 
 from __future__ import annotations
@@ -120,6 +131,8 @@ def default_tilings(
         width = min(width, padded(config.filters, LANES))
         width = _even(padded(config.filters, LANES), width)
         filter_warps = math.gcd(width // 16, 4)
+        if config.dtype == "float32" and step_warps == 2 and width % 128 == 0:
+            step_warps, filter_warps = 1, 8  # or two warps round each weight to TF32
         options = [
             Tiling(steps, width, min(channels, padded(config.channels, CHANNELS)), step_warps,
                    filter_warps, run, buffers, stage)
@@ -187,6 +200,8 @@ def cost(config: KernelConfig, tiling: Tiling, arch: str) -> float:
     issued = turns * tiling.warps * config.kernel_size * (work + 2 + plan.width) / 4
     products = tiling.step_tile * tiling.filter_tile * tiling.channel_tile
     tensor = products / (1024 * 2 // plan.size)
+    if config.dtype == "float32":  # each weight is read alone, and rounded by two instructions
+        issued += 3 / 4 * tiling.filter_tile * tiling.channel_tile * tiling.step_warps / LANES
     operands = tiling.step_tile * tiling.filter_warps + tiling.filter_tile * tiling.step_warps
     moved = operands * tiling.channel_tile * plan.size / 128
     fetched = (plan.rows + tiling.filter_tile) * tiling.channel_tile * plan.size / 48

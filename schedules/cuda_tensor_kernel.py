@@ -30,6 +30,8 @@ from tvm_sepconv.compiler.schedules.cuda_tensor_plan import Plan
 
 from tvm_sepconv.compiler import epilogue
 
+_SHARING = 4  # taps whose weights share an address; with more nvcc loads too early, and spills
+
 
 def kernel(plan: Plan, aligned: bool) -> PrimFunc:
     """Return the kernel with its thread bindings.
@@ -130,7 +132,9 @@ class _Kernel(Frame):  # type: ignore[misc]  # mypy cannot follow schedules' own
             with T.unroll(0, count) as u:
                 newest = first_row + (first + u + (run - 1)) * p.row_spacing
                 self._read((u + (run - 1)) % run, newest, place)
-                self._add((first + u) * p.residues + residue, place, lambda t: (t + u) % run)
+                base = first + u // _SHARING * _SHARING
+                tap, apart = base * p.residues + residue, u % _SHARING * p.residues
+                self._add(tap, apart, place, lambda t: (t + u) % run)
 
         if run > 1:
             with T.unroll(0, run - 1) as t:
@@ -148,7 +152,7 @@ class _Kernel(Frame):  # type: ignore[misc]  # mypy cannot follow schedules' own
         with T.serial(0, c.kernel_size) as tap:
             with T.unroll(0, self.tiling.run) as t:
                 self._read(t, (place.step + t) * c.strides + tap * c.dilation_rate, place)
-            self._add(tap, place, lambda t: t)
+            self._add(tap, 0, place, lambda t: t)
 
     def _read(self, slot: Index, row: PrimExpr, place: _Place) -> None:
         """Bring one input row of the tile into a slot of the window."""
@@ -170,14 +174,16 @@ class _Kernel(Frame):  # type: ignore[misc]  # mypy cannot follow schedules' own
             value = tirx.call_extern("float32", "sepconv_fetch", *arguments)
             T.buffer_store(self.window, value, [slot * p.width + j])
 
-    def _add(self, tap: Index, place: _Place, slot: Callable[[PrimExpr], Index]) -> None:
-        """Add the products of a tap; the row of step t of the run lies in `slot(t)`."""
-        p = self.plan
+    def _add(
+        self, tap: Index, apart: Index, place: _Place, slot: Callable[[PrimExpr], Index]
+    ) -> None:
+        """Add the products of tap `tap` + `apart`; the row of step t of the run is in `slot(t)`."""
+        p, m = self.plan, self.config.depth_multiplier
         channel = place.chunk * self.tiling.channel_tile + place.channel
         if p.channels % self.tiling.channel_tile:  # what is beyond meets weights of zero
             channel = tirx.min(channel, p.channels - p.width)
         address = tirx.address_of(self.depthwise[tap, place.multiplier, channel])
-        call(f"sepconv_weights<{p.width}>", self.weights, address)
+        call(f"sepconv_weights<{p.width}>", self.weights, address, apart * (m * p.channels))
         with T.unroll(0, self.tiling.run) as t, T.unroll(0, p.width) as j:
             at = t * p.width + j
             product = self.window[slot(t) * p.width + j] * self.weights[j]

@@ -16,7 +16,8 @@ class BuildOptions:
         instruction set.
     allow_tf32
         Whether the pointwise products of float32 layers may be rounded to TF32, 10 bits of
-        fraction, which a GPU's tensor cores multiply several times faster. Only CUDA looks at it.
+        fraction, which a GPU's tensor cores multiply several times faster. Only CUDA looks at it;
+        GPUs before sm_80 have no TF32 and stay exact.
     fast_math
         nvcc's ``--use_fast_math``: quick, less accurate functions and divisions in activations, and
         denormals become zero. Only CUDA looks at it.

@@ -16,7 +16,12 @@ import cuda_emulator
 import numpy as np
 import pytest
 import tvm
-from tvm_sepconv.compiler.schedules import cuda, cuda_packing, cuda_two_kernels
+from tvm_sepconv.compiler.schedules import (
+    cuda,
+    cuda_packing,
+    cuda_tensor_cores,
+    cuda_two_kernels,
+)
 
 from tvm_sepconv import reference
 from tvm_sepconv.config import KernelConfig, SepConvConfig
@@ -39,7 +44,7 @@ def pairwise(*factors: Sequence[Any]) -> list[tuple[Any, ...]]:
 
 
 def emit(config: KernelConfig, tiling: cuda.Tiling, aligned: bool) -> dict[str, str]:
-    """The form's kernels, each as a translation unit of its own."""
+    """The form's kernels, each as a translation unit of its own, as in a library."""
     target = tvm.target.Target({"kind": "cuda", "arch": "sm_90"}, host="llvm")
     options = {"tirx.use_async_copy": True}
     sources = {}
@@ -50,17 +55,22 @@ def emit(config: KernelConfig, tiling: cuda.Tiling, aligned: bool) -> dict[str, 
             with target, tvm.transform.PassContext(opt_level=3, config=options):
                 executable = tvm.compile(module, target=target)
         (device,) = executable.mod.imports
-        text = str(device.inspect_source("cuda"))
-        sources[name] = cuda.launch_bounds(text, f"{name}_kernel", tiling)
+        text = cuda.without_branches(str(device.inspect_source("cuda")))
+        functions = cuda_tensor_cores.DEVICE_SOURCE.read_text() if "sepconv_" in text else ""
+        sources[name] = functions + cuda.launch_bounds(text, f"{name}_kernel", tiling)
     return sources
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What nvcc says of a kernel."""
+    """What nvcc says of a kernel, and the PTX it makes of it first."""
 
     registers: int
     spills: str
+    ptx: str
+
+
+NO_SPILLS = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
 
 
 def usage(source: str, arch: str, folder: Path) -> Usage:
@@ -69,13 +79,13 @@ def usage(source: str, arch: str, folder: Path) -> Usage:
     if nvcc is None or subprocess.run([nvcc, "--version"], capture_output=True).returncode:
         pytest.skip("needs a working nvcc")
     (folder / "kernel.cu").write_text(source)
-    command = [nvcc, f"-arch={arch}", "-cubin", "-Xptxas=-v", "kernel.cu"]
+    command = [nvcc, "-std=c++17", f"-arch={arch}", "-cubin", "-keep", "-Xptxas=-v", "kernel.cu"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cuda_counts.add("compiled")
     (registers,) = re.findall(r"Used (\d+) registers", done.stderr)
     (spills,) = re.findall(r"\d+ bytes stack frame.*", done.stderr)
-    return Usage(int(registers), spills)
+    return Usage(int(registers), spills, (folder / "kernel.ptx").read_text())
 
 
 def framed(array: np.ndarray) -> np.ndarray:

@@ -207,13 +207,17 @@ def test_nvcc_is_told_architectures_and_options(fake: Any, tmp_path: Path) -> No
     assert "--use_fast_math" in fake.log.read_text().split("\n")
 
 
-def test_a_broken_nvcc_is_named(fake: Any, tmp_path: Path) -> None:
+def test_a_broken_nvcc_is_named(fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = fake(broken=1)
     with pytest.raises(RuntimeError, match=f"{path} does not run: .*CUDA_HOME"):
         nvcc.find().toolkit  # noqa: B018
     fake(failing=1, report="no such architecture")
-    with pytest.raises(RuntimeError, match=r"This command failed:(.|\n)*no such architecture"):
-        nvcc.find().library("", tmp_path / "a.so", ("sm_80",), HERE)
+    for gpp, way_out in (("/usr/bin/g++", "install a newer toolkit"), (None, r"install g\+\+$")):
+        monkeypatch.setattr(nvcc.shutil, "which", lambda name, gpp=gpp: gpp)
+        with pytest.raises(
+            RuntimeError, match=rf"This command failed:(.|\n)*no such architecture(.|\n)*{way_out}"
+        ):
+            nvcc.find().library("", tmp_path / "a.so", ("sm_80",), HERE)
     assert not (tmp_path / "a.so").exists()
 
 
@@ -294,11 +298,43 @@ def test_what_lies_between_two_kernels_is_in_the_workspace(layout: str) -> None:
     )
 
 
-def test_an_architecture_without_a_kernel_is_left_out() -> None:
-    half = replace(SMALL, dtype="bfloat16")
-    assert "sm_75" not in cuda.variants(half, CudaTarget("cuda"), PLAIN)
-    with pytest.raises(ValueError, match="No kernel for cuda-sm_75: "):
-        cuda.variants(half, CudaTarget("cuda-sm_75"), PLAIN)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_for_every_architecture(dtype: str) -> None:
+    half = replace(SMALL, dtype=dtype)
+    chosen = cuda.variants(half, CudaTarget("cuda"), PLAIN)
+    assert tuple(chosen) == CudaTarget("cuda").archs
+    for arch, group in chosen.items():
+        copies = {variant.tiling.to_dict()["buffers"] for variant in group}
+        assert copies == {1} if arch == "sm_75" else 2 in copies
+
+
+def test_half_precision_compiles_for_the_oldest_and_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_nvcc()
+    monkeypatch.setattr(targets, "CUDA_ARCHS", ARCHS)
+    half = replace(SMALL, dtype="float16")
+    target = CudaTarget(f"cuda@{HERE}")
+    chosen = {arch: group[:1] for arch, group in cuda.variants(half, target, PLAIN).items()}
+    used = cuda.build_library(half, target, tmp_path / "half.so", chosen, PLAIN)
+    assert code_in(tmp_path / "half.so") == {("machine", 75), ("machine", 90), ("ptx", 90)}
+    assert {kernel.spill_bytes for kernel in used.values()} == {0}
+    # An architecture's kernels are empty in the other's code: those have no need of registers.
+    full = {name for name, kernel in used.items() if kernel.registers > 32}
+    assert {name.split("_sep")[0] for name in full} == {
+        "sm_75/t0p", "sm_75/t0a", "sm_90/t1p", "sm_90/t1a",
+    }  # fmt: skip
+
+
+def test_bfloat16_stays_what_it_is_for_the_oldest_alone() -> None:
+    brain, target = replace(SMALL, dtype="bfloat16"), CudaTarget("cuda-sm_75")
+    chosen = cuda.variants(brain, target, PLAIN)["sm_75"][-1:]
+    kernels = cuda.source(brain, target, chosen, PLAIN)
+    assert "nv_bfloat16* __restrict__ x_ptr" in kernels
+    assert "short* __restrict__" not in kernels
+
+
+def test_what_no_architecture_computes_is_refused() -> None:
     double = replace(SMALL, dtype="float64", accumulation_dtype="float64")
     with pytest.raises(ValueError, match=r"No kernel for cuda: .*float64"):
         cuda.variants(double, CudaTarget("cuda"), PLAIN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,8 @@ import pytest
 
 pytest.importorskip("tvm")
 
-from cuda_kernels import ALIGNMENTS, LAYOUTS, Layer, emit, pairwise, usage
-from tvm_sepconv.compiler.schedules import cuda, cuda_two_kernels
+from cuda_kernels import ALIGNMENTS, LAYOUTS, NO_SPILLS, Layer, emit, pairwise, usage
+from tvm_sepconv.compiler.schedules import cuda, cuda_cores, cuda_two_kernels
 from tvm_sepconv.compiler.schedules.cuda_cores import Tiling
 
 from tvm_sepconv.config import KernelConfig, SepConvConfig
@@ -58,6 +59,12 @@ DEFAULTS = {  # layers of workloads.json and of the figures
     "EEG": KernelConfig(8, 16, 8, depth_multiplier=2, activation="elu"),
     "SEED": KernelConfig(12, 3, 2, strides=2, activation="relu"),
 }
+
+# By architecture, in KiB: shared memory of a block, and of a multiprocessor.
+SHARED_KIB = {
+    "sm_75": (64, 64), "sm_80": (163, 164), "sm_86": (99, 100), "sm_87": (163, 164),
+    "sm_89": (99, 100), "sm_90": (227, 228),
+}  # fmt: skip
 
 
 @functools.cache
@@ -118,18 +125,54 @@ def test_emulator_notices_a_missing_wait_and_barrier(call, number, tmp_path):
     assert unread or answers[0].tobytes() != answers[1].tobytes()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", DEFAULTS)
-def test_defaults_are_one_kernel_that_spills_nothing(name, layout, tmp_path):
+def on_all_architectures(*factors):
+    """Their product, and with each row the next architecture."""
+    archs = itertools.cycle(SHARED_KIB)
+    return [(*row, arch) for row, arch in zip(itertools.product(*factors), archs, strict=False)]
+
+
+def check_resources(config, tiling, sources, threads, arch, folder):
+    """No kernel spills, and so many blocks as planned fit a multiprocessor."""
+    block, together = SHARED_KIB[arch]
+    size = cuda.shared_bytes(config, tiling)
+    assert size <= block * 1024
+    assert tiling.blocks * size <= together * 1024
+    for (name, source), count in zip(sources.items(), threads, strict=True):
+        (folder / name).mkdir()
+        used = usage(source, arch, folder / name)
+        assert used.spills == NO_SPILLS, name
+        assert used.registers * count * tiling.blocks <= 65536, name
+
+
+@pytest.mark.parametrize(("name", "layout", "arch"), on_all_architectures(DEFAULTS, LAYOUTS))
+def test_defaults_are_one_kernel_that_spills_nothing(name, layout, arch, tmp_path):
     config = replace(DEFAULTS[name], data_format=layout)
-    tilings = cuda.default_tilings(config, arch="sm_90")
+    tilings = cuda.default_tilings(config, arch=arch)
     tiling = tilings[len(name) % len(tilings)]
     source = emitted(config, tiling, cuda.can_align(config))
     assert len(re.findall(r"__global__ void .*?\(", source)) == 2  # declared and defined
     assert f", {tiling.blocks}) sepconv1d_kernel" in source or tiling.blocks == 1
-    used = usage(source, "sm_90", tmp_path)
-    assert used.spills == "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-    assert used.registers * tiling.threads * tiling.blocks <= 65536
+    check_resources(config, tiling, {"one": source}, [tiling.threads], arch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "arch"), on_all_architectures(LAYOUTS, ["QN-B1", "QN-C1", "CN-0"])
+)
+def test_two_kernels_spill_nothing(name, layout, arch, tmp_path):
+    config = replace(DEFAULTS[name], data_format=layout)
+    tiling = cuda_two_kernels.default_tilings(config, arch=arch)[0]
+    sources = emit(config, tiling, cuda.can_align(config))
+    assert list(sources) == ["depthwise", "pointwise"]
+    first = tiling.step_tile // tiling.run * cuda_two_kernels.depthwise_channels(config)
+    check_resources(config, tiling, sources, [first, tiling.threads], arch, tmp_path)
+
+
+def test_conditional_copies_have_no_branches(tmp_path):
+    source = emitted(DEFAULTS["QN-B1"], TILINGS["tall"], False)
+    called = re.findall(r"ptx_cp_async_legacy_pred_ca_4_4_4\(", source)
+    assert len(called) > 1, "the helper and its calls"
+    assert "@p" not in source
+    assert "cp.async.ca.shared.global [%0], [%1], %2, n;" in source
 
 
 @pytest.mark.parametrize(
@@ -215,8 +258,18 @@ def test_candidates_have_both_forms():
     assert forms == ["cores"] * 40 + ["two_kernels"] * 8
 
 
-def test_only_float32_is_served():
-    for dtype in ("float64", "float16"):
-        config = KernelConfig(channels=8, filters=8, kernel_size=3, dtype=dtype)
-        with pytest.raises(ValueError, match=f"sm_75.*dtype={dtype}|sm_75.*dtype {dtype}"):
-            cuda.default_tilings(config, arch="sm_75")
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_only_float32_is_served(dtype):
+    config = KernelConfig(channels=8, filters=8, kernel_size=3, dtype=dtype)
+    with pytest.raises(ValueError, match=f"ordinary cores of sm_75.*dtype={dtype}"):
+        cuda_cores.default_tilings(config, arch="sm_75")
+
+
+def test_tf32_is_allowed_and_not_demanded():
+    config = DEFAULTS["QN-B1"]
+    strict = cuda.default_tilings(config, False, "sm_75")
+    assert cuda.default_tilings(config, True, "sm_75") == strict
+    assert {cuda.form_of(tiling) for tiling in cuda.candidates(config, True, "sm_75")} == {
+        cuda_cores, cuda_two_kernels,
+    }  # fmt: skip
+    assert cuda.form_of(cuda.default_tilings(config, True, "sm_80")[0]) is not cuda_cores

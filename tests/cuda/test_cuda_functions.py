@@ -31,8 +31,9 @@ from tvm_sepconv.compiler.schedules import cuda_tensor_cores as form
         ("if (threadIdx.x < 9) sepconv_matrices(r, 0, buffer, 0);", "divergent warp .* 9 at a b"),
         ("if (threadIdx.x < 9) sepconv_matrices(r, 0, buffer, 0);\n"
          "else sepconv_multiply<half>(f, 0, r, 0, r, 0);", "matrices, 9 at sepconv_mma"),
+        ("sepconv_mma<half, 2>(f, r, r);", "sepconv_mma: no such instruction before sm_80"),
         ("sepconv_put_pair<float>(y + 1, 0, 0);", "sepconv_as: .* not aligned to 8"),
-        ("sepconv_weights<2>(f, y + 1);", "sepconv_as: .* not aligned to 8"),
+        ("sepconv_weights<2>(f, y + 1, 0);", "sepconv_as: .* not aligned to 8"),
     ],
 )  # fmt: skip
 def test_emulator_reports_what_a_gpu_forbids(body, message, tmp_path):
@@ -46,16 +47,17 @@ def test_emulator_reports_what_a_gpu_forbids(body, message, tmp_path):
       unsigned r[4] = {{}}; float f[4] = {{}};
       {body}
     }}"""
-    kernel = cuda_emulator.Kernel(source, tmp_path)
+    kernel = cuda_emulator.Kernel(source, tmp_path, old="before sm_80" in message)
     y = cuda_kernels.framed(np.zeros(8, "float32"))
     with pytest.raises(cuda_emulator.EmulationError, match=message):
         kernel.launch((1, 1, 1), (32, 1, 1), {"y": y}, 0, 1024)
 
 
-def test_emulator_has_every_device_function():
+def test_emulator_has_the_machine_and_nothing_else():
     emulated = Path(cuda_emulator.__file__).with_name("cuda_functions.h").read_text()
-    called = r"\b(sepconv_\w+)\("
-    internal = {"sepconv_widen", "sepconv_narrow", "sepconv_round_tf32"}
-    assert set(re.findall(called, form.DEVICE_SOURCE.read_text())) - internal == set(
-        re.findall(called, emulated)
+    _, machine, rest = re.split(
+        "#(?:ifndef|endif  //) SEPCONV_EMULATED", form.DEVICE_SOURCE.read_text()
     )
+    called = r"\b(sepconv_\w+)\("
+    assert set(re.findall(called, machine)) == set(re.findall(called, emulated))
+    assert "asm" not in rest

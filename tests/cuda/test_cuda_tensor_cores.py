@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import cuda_counts
 import cuda_emulator
 import numpy as np
 import pytest
@@ -60,13 +57,24 @@ TILINGS = {
 }
 
 
-CASES = [  # an sm_75 has no TF32
-    (*case, "bfloat16" if (dtype, arch) == ("float32", "sm_75") else dtype, moves, arch)
-    for *case, dtype, moves, arch in cuda_kernels.pairwise(
-        list(SHAPES), list(TILINGS), cuda_kernels.LAYOUTS, DTYPES, cuda_kernels.ALIGNMENTS,
-        ["sm_80", "sm_75"],
+CASES = [
+    (*case, "sm_80")
+    for case in cuda_kernels.pairwise(
+        list(SHAPES), list(TILINGS), cuda_kernels.LAYOUTS, DTYPES, cuda_kernels.ALIGNMENTS
     )
-]  # fmt: skip
+]
+OLD_CASES = [  # copies are synchronous there, and products made by other instructions
+    *cuda_kernels.pairwise(
+        list(TILINGS), cuda_kernels.LAYOUTS, ["float16"], cuda_kernels.ALIGNMENTS
+    ),
+    ("long", "channels_first", "bfloat16", "aligned"),
+    ("one-buffer", "channels_last", "bfloat16", "scalar"),
+    ("wide", "channels_last", "bfloat16", "aligned"),
+]
+CASES += [
+    (shape, *case, "sm_75")
+    for shape, case in zip([*SHAPES, "odd", "multiplied", "sparse"], OLD_CASES, strict=True)
+]
 
 
 def tiling_of(config: KernelConfig, name: str, arch: str) -> form.Tiling:
@@ -77,13 +85,6 @@ def tiling_of(config: KernelConfig, name: str, arch: str) -> form.Tiling:
     if tiling is not None and form.refusal(config, True, arch, tiling) is None:
         return tiling
     return form.default_tilings(config, True, arch)[-1 if name == "short" else 0]
-
-
-@functools.cache
-def emitted(config: KernelConfig, tiling: form.Tiling, aligned: bool) -> str:
-    """The kernel's CUDA C with the device functions in front of it, as in a library."""
-    (source,) = cuda_kernels.emit(config, tiling, aligned).values()
-    return form.DEVICE_SOURCE.read_text() + source
 
 
 def inset(shape: tuple[int, ...], dtype: np.dtype, aligned: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +115,7 @@ class Layer:
         self.dtype = np.dtype(dtype if dtype != "bfloat16" else ml_dtypes.bfloat16)
         self.weights = self._weights(shape.channels)
         self.packed = {name: cuda_kernels.framed(array) for name, array in self._pack().items()}
-        self.source = emitted(self.kernel_config, self.tiling, self.aligned)
+        (self.source,) = cuda_kernels.emit(self.kernel_config, self.tiling, self.aligned).values()
         self.kernel = cuda_emulator.Kernel(self.source, folder, old=arch == "sm_75")
 
     def _weights(self, channels: int):
@@ -250,69 +251,15 @@ def test_emulator_notices_every_missing_wait_and_barrier(tiling, line, tmp_path)
             assert answers != {right}, f"{line} {number}"
 
 
-def ptxas(source: str, arch: str, folder: Path) -> tuple[str, str]:
-    """What ptxas says of a source, and its PTX."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None or subprocess.run([nvcc, "--version"], capture_output=True).returncode:
-        pytest.skip("needs a working nvcc")
-    (folder / "kernel.cu").write_text(source)
-    command = [nvcc, "-std=c++17", f"-arch={arch}", "-cubin", "-keep", "-Xptxas=-v", "kernel.cu"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    cuda_counts.add("compiled")
-    return done.stderr, (folder / "kernel.ptx").read_text()
-
-
-INSTRUCTIONS = {
-    "float16": "m16n8k16.row.col.f32.f16.f16.f32",
-    "bfloat16": "m16n8k16.row.col.f32.bf16.bf16.f32",
-    "float32": "m16n8k8.row.col.f32.tf32.tf32.f32",
-}
-SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227}
-NVCC_CASES = [
-    (*case, arch)
-    for case, arch in zip(
-        cuda_kernels.pairwise(DTYPES, cuda_kernels.LAYOUTS, cuda_kernels.ALIGNMENTS),
-        itertools.cycle(SHARED_KIB),
-    )
-]
-
-
-@pytest.mark.parametrize(("dtype", "layout", "moves", "arch"), NVCC_CASES)
-def test_default_is_tensor_core_code_without_spills(dtype, layout, moves, arch, tmp_path):
-    config = KernelConfig(
-        channels=256, filters=256, kernel_size=33, activation="relu", dtype=dtype,
-        data_format=layout,
-    )  # fmt: skip
-    tiling = form.default_tilings(config, True, arch)[0]
-    assert (
-        form.shared_bytes(config, tiling) <= {"sm_80": 163, "sm_86": 99, "sm_90": 227}[arch] * 1024
-    )
-    said, ptx = ptxas(emitted(config, tiling, moves == "aligned"), arch, tmp_path)
-    assert "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads" in said
-    (registers,) = re.findall(r"Used (\d+) registers", said)
-    assert int(registers) <= 128, "two blocks no longer fit a multiprocessor"
-    # Of a warp's 32 × 64 outputs, 2 × 8 instructions for each 32 bytes of channels.
-    size = 4 if dtype == "float32" else 2
-    instructions = 16 * tiling.channel_tile * size // 32
-    assert ptx.count("mma.sync.aligned") == instructions
-    assert ptx.count(f"mma.sync.aligned.{INSTRUCTIONS[dtype]}") == instructions
-    assert "ldmatrix.sync.aligned.m8n8.x4.shared" in ptx
-    assert ("cvt.rna.tf32.f32" in ptx) == (dtype == "float32")
-    assert "cp.async.cg.shared.global" in ptx
-
-
-def test_device_functions_compile_for_the_oldest_gpu(tmp_path):
-    said, ptx = ptxas(
-        form.DEVICE_SOURCE.read_text() + "\n__global__ void k() {}", "sm_75", tmp_path
-    )
-    assert "error" not in said
-    assert "mma.sync" not in ptx
-
-
 @pytest.mark.parametrize("layout", cuda_kernels.LAYOUTS)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90"])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "arch"),
+    [
+        pair
+        for pair in itertools.product(DTYPES, ["sm_75", "sm_80", "sm_86", "sm_90"])
+        if pair != ("float32", "sm_75")
+    ],
+)
 def test_candidates_serve_and_begin_with_the_defaults(dtype, arch, layout):
     for channels, filters, taps, dilation in (
         (256, 256, 33, 1), (512, 512, 51, 1), (37, 70, 5, 3), (1, 1, 1, 1), (64, 64, 3, 4000),
@@ -337,7 +284,9 @@ def test_candidates_serve_and_begin_with_the_defaults(dtype, arch, layout):
 @pytest.mark.parametrize(
     ("change", "allow_tf32", "arch", "tiling", "reason"),
     [
-        ({}, True, "sm_75", {}, "no mma.sync for this dtype before sm_80"),
+        ({"dtype": "float32"}, True, "sm_75", {"buffers": 1}, "no TF32 before sm_80"),
+        ({}, False, "sm_75", {"channel_tile": 32}, "no asynchronous copies before sm_80"),
+        ({}, False, "sm_75", {"channel_tile": 32, "buffers": 1}, None),
         (
             {"dtype": "float64", "accumulation_dtype": "float64"},
             True,

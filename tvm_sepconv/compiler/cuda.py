@@ -28,27 +28,24 @@ Variants = Mapping[str, tuple[Variant, ...]]
 def variants(
     config: KernelConfig, target: CudaTarget, options: BuildOptions
 ) -> dict[str, tuple[Variant, ...]]:
-    """Choose a library's kernels for each architecture that has any: by its records, or default.
+    """Choose a library's kernels for each architecture: by its records, or the defaults.
 
     Raises
     ------
     ValueError
-        If none of the target's architectures can compute the layer.
+        If one of the target's architectures cannot compute the layer.
     """
-    found, refused = {}, None
+    found = {}
     for arch in target.archs:
         try:
             tilings = cuda.default_tilings(config, options.allow_tf32, arch)
         except ValueError as error:
-            refused = error
-            continue
+            raise ValueError(f"No kernel for {target.name}: {error}") from error
         names = cuda.VARIANTS[: len(tilings)]
         found[arch] = tuple(
             _variant(config, options, arch, name, tiling)
             for name, tiling in zip(names, tilings, strict=True)
         )
-    if not found and refused is not None:
-        raise ValueError(f"No kernel for {target.name}: {refused}") from refused
     return found
 
 

@@ -113,7 +113,7 @@ def _emit(target: CudaTarget, forms: Iterable[Form]) -> str:
     # Without the scope of the target TVM asks the present GPU, if any, for its architecture.
     with _source_only(), made, tvm.transform.PassContext(opt_level=3, config=config):
         executable = tvm.compile(tvm.IRModule(functions), target=made)
-        return str(export_cuda_host(executable.mod))
+        return str(cuda.without_branches(str(export_cuda_host(executable.mod))))
 
 
 @contextmanager

@@ -126,11 +126,15 @@ class Nvcc:
             command = [str(self.path), *flags, *self._host_flags(host), str(unit), "-o", str(made)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(
-                    f"This command failed:\n  {' '.join(command)}\n"
-                    f"{done.stdout.strip()}\n{done.stderr.strip()}\n"
+                way_out = (
                     f"If nvcc does not know an architecture of {', '.join(archs)} or the host's "
                     "compiler, install a newer toolkit: pip install 'tvm-sepconv[cuda]'"
+                )
+                if shutil.which("g++") is None:
+                    way_out = "nvcc needs a C++ compiler, and there is no g++: apt install g++"
+                raise RuntimeError(
+                    f"This command failed:\n  {' '.join(command)}\n"
+                    f"{done.stdout.strip()}\n{done.stderr.strip()}\n{way_out}"
                 )
             new = output.with_name(f".{output.name}.new")  # the old one may be mapped
             shutil.copyfile(made, new)
