@@ -169,6 +169,20 @@ def test_another_architecture_is_called_so(fleet: Fleet) -> None:
         Boards(fleet.address, KEY, cpu(OTHER))
 
 
+def test_a_server_that_goes_while_it_loads_is_no_other_architecture() -> None:
+    class Gone:
+        def cpu(self, _: int) -> None: ...
+
+        def load_module(self, _: str) -> None:
+            raise RuntimeError("Connection reset by peer")
+
+        get_function = load_module
+
+    with pytest.raises(RuntimeError, match="Connection reset") as raised:
+        CpuBoard(Gone())
+    assert not isinstance(raised.value, CandidateError)
+
+
 def test_a_processor_that_lacks_something_is_refused(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:

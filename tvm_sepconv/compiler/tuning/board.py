@@ -80,6 +80,7 @@ class Board(ABC):
         try:
             self._native = remote.load_module(_NATIVE)
         except Exception as error:
+            remote.get_function("tvm.rpc.server.workpath")  # a server that has gone raises here
             raise CandidateError(
                 "the runtime library does not load there. Perhaps the board is of another "
                 f"architecture: choose another --target{self.others} or --key (its loader says: "
